@@ -1,0 +1,226 @@
+"""Every operator in plain torch: slow and right, on any device, differentiable to any order."""
+
+import torch
+from torch import Tensor
+
+
+def neighbor_list(
+    positions: Tensor, system: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float
+) -> tuple[Tensor, Tensor]:
+    """All directed pairs of atoms closer than the cutoff, periodic images included.
+
+    A cell list over all systems at once. Any cell shape and size: in a box smaller than twice
+    the cutoff an atom has several images of the same neighbor, and images of itself.
+
+    Parameters
+    ----------
+    positions
+        Atom positions [Å], shape ``(n_atoms, 3)``, float32 or float64, inside the box or not.
+    system
+        Which system each atom belongs to, ascending, shape ``(n_atoms,)``, int64.
+    cell
+        Box vectors as rows [Å], shape ``(n_systems, 3, 3)``. Rows of directions that are not
+        periodic are ignored.
+    pbc
+        Whether each box vector is periodic, shape ``(n_systems, 3)``, bool.
+    cutoff
+        Largest distance [Å].
+
+    Returns
+    -------
+    edge_index
+        Receiver i and sender j of each edge, sorted by receiver, shape ``(2, n_edges)``, int64.
+    edge_shift
+        The image of the sender in units of the box vectors, shape ``(n_edges, 3)``, with the
+        dtype of ``positions``: the edge is the vector
+        ``positions[j] + edge_shift @ cell - positions[i]``.
+
+    Raises
+    ------
+    ValueError
+        If a periodic box has no volume.
+
+    Notes
+    -----
+    Waits for the device (the number of edges is data). Positions must be finite; callers check.
+    """
+    if positions.shape[0] == 0:
+        return system.new_empty((2, 0)), positions.new_empty((0, 3))
+    box, origin = _bounding_boxes(positions, system, cell, pbc)
+    fractional = torch.einsum(
+        "na,nab->nb", positions - origin[system], torch.linalg.inv(box)[system]
+    )
+    image = torch.where(pbc[system], fractional.floor(), 0.0)
+    fractional = fractional - image
+
+    height = torch.linalg.inv(box).norm(dim=1).reciprocal()  # (n_systems, 3)
+    n_in_system = torch.bincount(system, minlength=cell.shape[0])
+    most_bins = n_in_system.to(positions.dtype).pow(1 / 3).ceil()[:, None]
+    n_bins = torch.minimum((height / cutoff).floor(), most_bins).clamp(min=1).long()
+    reach = (cutoff * n_bins / height).ceil().long()
+    reach = torch.where(pbc, reach, torch.minimum(reach, n_bins - 1))
+
+    bin3 = torch.minimum((fractional * n_bins[system]).long().clamp(min=0), n_bins[system] - 1)
+    first_bin = torch.cumsum(n_bins.prod(1), 0) - n_bins.prod(1)
+    order, first_atom = _sort_by_bin(_flat_bin(bin3, n_bins[system], first_bin[system]), n_bins)
+
+    receiver, sender, shift = [], [], []
+    offsets = _bin_offsets(reach)
+    # a few million candidates at a time bound the memory
+    for block in torch.arange(positions.shape[0], device=system.device).split(
+        max(1, 2**19 // max(1, offsets.shape[0]))
+    ):
+        i, j, s = _candidates(
+            block, bin3, system, offsets, n_bins, reach, pbc, first_bin, order, first_atom
+        )
+        s = s.to(positions.dtype) + image[i] - image[j]
+        vector = positions[j] - positions[i] + torch.einsum("na,nab->nb", s, _periodic(box, pbc)[system[i]])
+        near = vector.square().sum(1) < cutoff**2
+        near &= (i != j) | s.ne(0).any(1)
+        receiver.append(i[near])
+        sender.append(j[near])
+        shift.append(s[near])
+    return torch.stack([torch.cat(receiver), torch.cat(sender)]), torch.cat(shift)
+
+
+def _periodic(box: Tensor, pbc: Tensor) -> Tensor:
+    return torch.where(pbc[:, :, None], box, 0.0)
+
+
+def _bounding_boxes(
+    positions: Tensor, system: Tensor, cell: Tensor, pbc: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A box with volume for each system: its cell, or what encloses its atoms where not periodic."""
+    box = cell.to(positions.dtype).clone()
+    for s in (~pbc.all(1)).nonzero()[:, 0].tolist():
+        box[s] = _complete(box[s], pbc[s])
+    volume = torch.linalg.det(box).abs()
+    if not bool((volume > 1e-6).all()):
+        flat = int((volume <= 1e-6).nonzero()[0, 0])
+        raise ValueError(
+            f"the periodic box of system {flat} has no volume: box vectors {cell[flat].tolist()}"
+        )
+    fractional = torch.einsum("na,nab->nb", positions, torch.linalg.inv(box)[system])
+    index = system[:, None].expand(-1, 3)
+    low = torch.zeros_like(box[:, 0]).scatter_reduce(0, index, fractional, "amin", include_self=False)
+    high = torch.zeros_like(box[:, 0]).scatter_reduce(0, index, fractional, "amax", include_self=False)
+    extent = torch.where(pbc, 1.0, high - low + 1e-3)
+    low = torch.where(pbc, 0.0, low)
+    origin = torch.einsum("na,nab->nb", low, box)
+    return box * extent[:, :, None], origin
+
+
+def _complete(box: Tensor, pbc: Tensor) -> Tensor:
+    """Replace the vectors of directions that are not periodic by perpendicular unit vectors."""
+    if not bool(pbc.any()):
+        return torch.eye(3, dtype=box.dtype, device=box.device)
+    box = torch.where(pbc[:, None], box, 0.0)
+    if int(pbc.sum()) == 2:
+        k = int((~pbc).nonzero()[0, 0])
+        normal = torch.linalg.cross(box[(k + 1) % 3], box[(k + 2) % 3])
+        box[k] = normal / normal.norm()
+        return box
+    k = int(pbc.nonzero()[0, 0])
+    axis = box[k] / box[k].norm()
+    helper = torch.zeros_like(axis)
+    helper[int(axis.abs().argmin())] = 1.0
+    first = torch.linalg.cross(axis, helper)
+    box[(k + 1) % 3] = first / first.norm()
+    box[(k + 2) % 3] = torch.linalg.cross(axis, box[(k + 1) % 3])
+    return box
+
+
+def _flat_bin(bin3: Tensor, n_bins: Tensor, first_bin: Tensor) -> Tensor:
+    return first_bin + (bin3[..., 0] * n_bins[..., 1] + bin3[..., 1]) * n_bins[..., 2] + bin3[..., 2]
+
+
+def _sort_by_bin(flat: Tensor, n_bins: Tensor) -> tuple[Tensor, Tensor]:
+    """Atoms in the order of their bins, and where in that order each bin starts."""
+    count = torch.bincount(flat, minlength=int(n_bins.prod(1).sum()))
+    first_atom = torch.cat([count.new_zeros(1), count.cumsum(0)])
+    return torch.argsort(flat, stable=True), first_atom
+
+
+def _bin_offsets(reach: Tensor) -> Tensor:
+    """Relative bins to search, for the system that reaches farthest, shape (n_offsets, 3)."""
+    axes = [torch.arange(-r, r + 1, device=reach.device) for r in reach.amax(0).tolist()]
+    return torch.cartesian_prod(*axes)
+
+
+def _candidates(
+    atoms: Tensor,
+    bin3: Tensor,
+    system: Tensor,
+    offsets: Tensor,
+    n_bins: Tensor,
+    reach: Tensor,
+    pbc: Tensor,
+    first_bin: Tensor,
+    order: Tensor,
+    first_atom: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each atom with everything in the bins around it: atom, other atom, image of the other bin."""
+    sys = system[atoms][:, None]  # (n, 1)
+    bins = n_bins[sys]  # (n, 1, 3)
+    target = bin3[atoms][:, None, :] + offsets  # (n, n_offsets, 3)
+    shift = torch.div(target, bins, rounding_mode="floor")
+    inside = ((offsets.abs() <= reach[sys]) & (pbc[sys] | (shift == 0))).all(-1)
+    row, column = inside.nonzero(as_tuple=True)
+    shift = shift[row, column]
+    wrapped = target[row, column] - shift * bins[row, 0]
+    flat = _flat_bin(wrapped, bins[row, 0], first_bin[sys[row, 0]])
+    count = first_atom[flat + 1] - first_atom[flat]
+    pair = torch.repeat_interleave(torch.arange(flat.shape[0], device=flat.device), count)
+    nth = torch.arange(pair.shape[0], device=flat.device) - (count.cumsum(0) - count)[pair]
+    return atoms[row[pair]], order[first_atom[flat[pair]] + nth], shift[pair]
+
+
+def message_sum(
+    scalars: Tensor,
+    vectors: Tensor | None,
+    filters: Tensor,
+    directions: Tensor,
+    edge_index: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Filter the senders' features along each edge and sum them on the receivers.
+
+    For each edge e from j to i, with filters (a, c, b): scalars a·x_j, vectors
+    c·y_j ⊗ u + b·m_j, where (x_j, y_j) are the halves of ``scalars`` and m_j is ``vectors``.
+    PaiNN (Schütt et al. 2021, arXiv 2102.03150), equations 7 and 8, with the product of the
+    context and the vector features taken once per atom instead of once per edge.
+
+    Parameters
+    ----------
+    scalars
+        Context of each atom for scalar and direction messages, ``(n_atoms, 2 n_channels)``.
+    vectors
+        Context times vector features, shape ``(n_atoms, 3, n_channels)``; None where they are
+        all zero (the first block).
+    filters
+        Radial filters, zero at the cutoff, shape ``(n_edges, 3 n_channels)``; without
+        ``vectors``, ``(n_edges, 2 n_channels)``.
+    directions
+        Unit vectors from receiver to sender, shape ``(n_edges, 3)``.
+    edge_index
+        Receiver and sender of each edge, shape ``(2, n_edges)``, int64.
+
+    Returns
+    -------
+    scalars
+        Sums over the neighbors, shape ``(n_atoms, n_channels)``.
+    vectors
+        Sums over the neighbors, shape ``(n_atoms, 3, n_channels)``.
+    """
+    n_atoms, n_channels = scalars.shape[0], scalars.shape[1] // 2
+    receiver, sender = edge_index[0], edge_index[1]
+    gathered = scalars.index_select(0, sender) * filters[:, : 2 * n_channels]  # (E, 2C)
+    x, y = gathered.split(n_channels, dim=1)
+    message = y.unsqueeze(1) * directions.unsqueeze(2)  # (E, 3, C)
+    if vectors is not None:
+        b = filters[:, 2 * n_channels :].unsqueeze(1)
+        message = torch.addcmul(message, b, vectors.index_select(0, sender))
+    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=x.dtype, device=x.device)
+    return (
+        zeros[:, 0].index_add(0, receiver, x),
+        zeros[:, 1:].index_add(0, receiver, message),
+    )

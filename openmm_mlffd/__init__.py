@@ -1,0 +1,42 @@
+"""Distilled machine-learned force fields for OpenMM.
+
+``MLPotential('mlffd').createSystem(topology)`` is the short way; `load_student` and
+`MLFFDCalculator` are the student outside OpenMM.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# In a source checkout kernels/ and training/ lie beside this folder; in a wheel, inside it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parents[1]))
+
+if TYPE_CHECKING:
+    from openmm_mlffd.interfaces.ase_calculator import MLFFDCalculator as MLFFDCalculator
+    from openmm_mlffd.modelfile import load_student as load_student
+    from openmm_mlffd.modelfile import save_student as save_student
+    from openmm_mlffd.painn import PaiNN as PaiNN
+    from openmm_mlffd.potential import Potential as Potential
+
+_LAZY = {
+    "MLFFDCalculator": "openmm_mlffd.interfaces.ase_calculator",
+    "load_student": "openmm_mlffd.modelfile",
+    "save_student": "openmm_mlffd.modelfile",
+    "PaiNN": "openmm_mlffd.painn",
+    "Potential": "openmm_mlffd.potential",
+}
+__all__ = ["MLFFDCalculator", "PaiNN", "Potential", "__version__", "load_student", "save_student"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

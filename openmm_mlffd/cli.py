@@ -1,0 +1,139 @@
+"""The `mlffd` command. Each subcommand imports what it needs inside its function."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import openmm_mlffd
+
+app = typer.Typer(
+    name="mlffd",
+    help="Distil a machine-learned force field and run it in OpenMM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Dataset files.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"openmm-mlffd {openmm_mlffd.__version__}")
+        raise typer.Exit
+
+
+@data.command("import")
+def data_import(
+    sources: Annotated[list[Path], typer.Argument(help="Files with the schema so3lr-starter/2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Dataset file to write.")],
+    val: Annotated[float, typer.Option(help="Fraction of the molecules for validation.")] = 0.02,
+    test: Annotated[float, typer.Option(help="Fraction of the molecules for testing.")] = 0.03,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+) -> None:
+    """Convert SO3LR starter sets into one dataset file, split by molecule."""
+    from openmm_mlffd.training.hdf5 import SplitRule
+    from openmm_mlffd.training.starter import import_starter
+
+    n = import_starter(sources, output, split=SplitRule(val=val, test=test, seed=seed))
+    typer.echo(f"{output}: {n} structures")
+
+
+@data.command("info")
+def data_info(file: Annotated[Path, typer.Argument(help="Dataset file.")]) -> None:
+    """What a dataset file holds, by subset and split."""
+    from openmm_mlffd.training.hdf5 import SPLITS, Dataset
+
+    with Dataset(file) as dataset:
+        typer.echo(f"{file}: {len(dataset)} structures, {dataset.offsets[-1]} atoms")
+        for key, value in dataset.attributes.items():
+            typer.echo(f"  {key}: {value}")
+        typer.echo(f"  {'subset':14s} {'atoms':>9s} " + " ".join(f"{s:>8s}" for s in SPLITS))
+        for index, name in enumerate(dataset.subsets):
+            mine = dataset.subset == index
+            counts = [int((mine & (dataset.split == k)).sum()) for k in range(len(SPLITS))]
+            atoms = int(dataset.n_atoms[mine].sum())
+            typer.echo(f"  {name:14s} {atoms:9d} " + " ".join(f"{n:8d}" for n in counts))
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see training/configs.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as key=value, e.g. epochs=3.")
+    ] = None,
+) -> None:
+    """Train a student; goes on from the checkpoint if there is one."""
+    from openmm_mlffd.training.config import load_config
+    from openmm_mlffd.training.train import Trainer
+
+    trainer = Trainer(load_config(config, overrides or []))
+    path = trainer.run()
+    done = "finished" if trainer.finished else "stopped; the same command goes on"
+    typer.echo(f"{done}: {path}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    files: Annotated[list[Path], typer.Argument(help="Dataset files.")],
+    split: Annotated[str, typer.Option(help="train, val, test or all.")] = "test",
+    precision: Annotated[str, typer.Option(help="single or double.")] = "single",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
+    batch_atoms: Annotated[int, typer.Option(help="Atoms evaluated at a time.")] = 2000,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers.")] = None,
+) -> None:
+    """Errors of a student on held-out structures, by subset."""
+    from openmm_mlffd.modelfile import load_student
+    from openmm_mlffd.training.batches import StructureSource, prefetch
+    from openmm_mlffd.training.evaluate import evaluate as run
+    from openmm_mlffd.training.evaluate import format_table
+    from openmm_mlffd.training.hdf5 import Dataset
+    from openmm_mlffd.training.train import pick_device
+
+    where = pick_device(device)
+    potential = load_student(model, device=where, precision=precision)
+    source = StructureSource([Dataset(f) for f in files], split)
+    batches = prefetch(source.batches(batch_atoms), potential, where)
+    table = run(potential, batches, source.subsets, where)
+    typer.echo(f"{model} on the {split} split of {', '.join(map(str, files))} ({where}, {precision})")
+    typer.echo(format_table(table))
+    if output is not None:
+        output.write_text(json.dumps(table, indent=1) + "\n")
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Argument(help="Bundled name or path of a student.")] = None,
+) -> None:
+    """What a student file says of itself; without a name, the bundled students."""
+    from dataclasses import asdict
+
+    from openmm_mlffd.modelfile import bundled_students, load_student
+
+    if model is None:
+        for name, path in bundled_students().items():
+            typer.echo(f"{name}\t{path}")
+        return
+    typer.echo(json.dumps(asdict(load_student(model).header), indent=1, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point: errors a user can act on are one line, others a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"mlffd: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Adapters of the student to simulation engines."""

@@ -1,0 +1,168 @@
+"""The student: a graph to energies, forces and virials."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from openmm_mlffd.elements import symbol
+from openmm_mlffd.graph import Graph
+from openmm_mlffd.painn import PaiNN
+from openmm_mlffd.radial import softened_distances
+from openmm_mlffd.repulsion import ZBL
+
+
+class Prediction(NamedTuple):
+    """What a potential gives for a graph."""
+
+    energy: Tensor
+    """Energy of each system [eV], shape (n_systems,), float64."""
+
+    forces: Tensor
+    """Forces, minus the derivative of the energy [eV/Å], shape (n_atoms, 3), float64."""
+
+    virial: Tensor
+    """dE/dε, ε the strain of atoms and box [eV], symmetric, shape (n_systems, 3, 3), float64.
+
+    The stress with ASE's sign is the virial over the volume; the pressure is minus its trace
+    over three volumes, without the kinetic part."""
+
+    atom_energies: Tensor
+    """Energy of each atom [eV], shape (n_atoms,), float64; their sum is the energy."""
+
+
+class Potential(nn.Module):
+    """PaiNN plus ZBL repulsion plus a reference energy for each element.
+
+    E = Σ_i (reference[z_i] + energy_scale · PaiNN_i + ½ Σ_j ZBL_ij). Edge vectors are formed and
+    energies and forces are summed in float64, whatever the precision of the network, so that
+    neither a large box nor large reference energies cost accuracy.
+
+    Parameters
+    ----------
+    network
+        The network; its dtype is the precision of the evaluation.
+    numbers
+        Atomic numbers of the elements, in the order of the species index.
+    cutoff
+        Neighbor cutoff [Å].
+    references
+        Reference energy of each element [eV]; zeros if None.
+    energy_scale
+        Energy [eV] of the network's unit.
+
+    Notes
+    -----
+    In training mode the forces can be differentiated with respect to the weights; in evaluation
+    mode (`eval()`) they cannot, and the evaluation is cheaper.
+    """
+
+    def __init__(
+        self,
+        network: PaiNN,
+        numbers: list[int],
+        cutoff: float,
+        *,
+        references: list[float] | None = None,
+        energy_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.repulsion = ZBL(numbers)
+        self.numbers = list(numbers)
+        self.cutoff = cutoff
+        self.energy_scale = energy_scale
+        # a list, not a buffer: .float() must never round it
+        self.references = [float(e) for e in (references or [0.0] * len(numbers))]
+
+    def forward(self, graph: Graph) -> Prediction:
+        """Energy, forces, virial and energy of each atom."""
+        vectors = edge_vectors(graph)
+        if not vectors.requires_grad:
+            vectors.requires_grad_(True)
+        learned = self.learned_energies(graph, vectors)
+        repulsion = self.repulsion_energies(graph, vectors)
+
+        gradient = _gradient(learned, vectors, self.training) + _gradient(repulsion, vectors, False)
+        n_atoms, n_systems = graph.positions.shape[0], graph.cell.shape[0]
+        receiver, sender = graph.edge_index[0], graph.edge_index[1]
+        zeros = torch.zeros([n_atoms, 3], dtype=gradient.dtype, device=gradient.device)
+        forces = zeros.index_add(0, receiver, gradient).index_add(0, sender, -gradient)
+        pair_virial = vectors.detach().unsqueeze(2) * gradient.unsqueeze(1)
+        virial = torch.zeros(
+            [n_systems, 3, 3], dtype=gradient.dtype, device=gradient.device
+        ).index_add(0, graph.system[receiver], 0.5 * (pair_virial + pair_virial.transpose(1, 2)))
+
+        references = torch.tensor(self.references, dtype=torch.float64, device=vectors.device)
+        atom_energies = learned + repulsion.detach() + references[graph.species]
+        if not self.training:
+            atom_energies = atom_energies.detach()
+        energy = torch.zeros([n_systems], dtype=torch.float64, device=vectors.device).index_add(
+            0, graph.system, atom_energies
+        )
+        return Prediction(energy, forces, virial, atom_energies)
+
+    def learned_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
+        """The network's energy of each atom [eV], shape ``(n_atoms,)``, float64."""
+        dtype = self.network.embedding.weight.dtype
+        energies = self.network(graph.species, vectors.to(dtype), graph.edge_index)
+        return energies.to(torch.float64) * self.energy_scale
+
+    def repulsion_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
+        """The repulsion's energy of each atom [eV], shape ``(n_atoms,)``, float64."""
+        receiver, sender = graph.edge_index[0], graph.edge_index[1]
+        distances = softened_distances(vectors)
+        pairs = self.repulsion(distances, graph.species[receiver], graph.species[sender])
+        zeros = torch.zeros([graph.species.shape[0]], dtype=pairs.dtype, device=pairs.device)
+        return zeros.index_add(0, receiver, 0.5 * pairs)
+
+    @torch.jit.unused
+    def species(self, numbers: Tensor) -> Tensor:
+        """Species index of each atomic number.
+
+        Parameters
+        ----------
+        numbers
+            Atomic numbers, shape ``(n_atoms,)``, any integer type.
+
+        Returns
+        -------
+        Tensor
+            Index into the model's elements, shape ``(n_atoms,)``, int64.
+
+        Raises
+        ------
+        ValueError
+            If the model does not know an element; names atom, element and what it knows.
+        """
+        table = torch.full((256,), -1, dtype=torch.int64, device=numbers.device)
+        table[torch.tensor(self.numbers, device=numbers.device)] = torch.arange(
+            len(self.numbers), device=numbers.device
+        )
+        index = table[numbers.long().clamp(0, 255)]
+        unknown = (index < 0).nonzero()[:, 0].tolist()
+        if unknown:
+            found = sorted({int(numbers[i]) for i in unknown})
+            raise ValueError(
+                f"the model does not know {', '.join(symbol(z) for z in found)} "
+                f"(first at atom {unknown[0]}); it was trained for "
+                f"{', '.join(symbol(z) for z in self.numbers)}"
+            )
+        return index
+
+
+def edge_vectors(graph: Graph) -> Tensor:
+    """Vector from receiver to the sender's image [Å], shape ``(n_edges, 3)``, float64."""
+    receiver, sender = graph.edge_index[0], graph.edge_index[1]
+    vectors = graph.positions[sender] - graph.positions[receiver]
+    cells = graph.cell[graph.system[receiver]]  # (E, 3, 3)
+    return vectors + (graph.edge_shift.unsqueeze(2) * cells).sum(dim=1)
+
+
+def _gradient(energies: Tensor, vectors: Tensor, create_graph: bool) -> Tensor:
+    gradient = torch.autograd.grad(
+        [energies.sum()], [vectors], create_graph=create_graph, allow_unused=True
+    )[0]
+    if gradient is None:  # a system without edges
+        return torch.zeros_like(vectors)
+    return gradient

@@ -1,0 +1,1 @@
+"""Trained students, one safetensors file each; `openmm_mlffd.modelfile` loads them."""

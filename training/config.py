@@ -1,0 +1,210 @@
+"""The configuration of a training run: one YAML file, one typed object."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message names the file and the setting."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train on."""
+
+    files: list[str]
+    """Dataset files, as written by `mlffd data import`."""
+
+    max_structures: int | None = None
+    """Use only so many training structures, chosen by the seed; None for all."""
+
+    memory_gb: float = 8.0
+    """Data up to this size [GB] are held in memory; larger ones are streamed in blocks."""
+
+    block_size: int = 4096
+    """Structures read at a time when streaming; shuffled within a few such blocks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The student."""
+
+    elements: list[str] = field(default_factory=lambda: ["H", "C", "N", "O", "F", "P", "S", "Cl"])
+    """Chemical symbols it shall know."""
+
+    n_channels: int = 128
+    """Features per atom."""
+
+    n_interactions: int = 3
+    """Message blocks."""
+
+    n_basis: int = 20
+    """Radial functions."""
+
+    cutoff: float = 5.0
+    """Neighbor cutoff [Å]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of the terms of the loss; each is a mean over its atoms or structures."""
+
+    energy: float = 5.0
+    """Huber loss of the energy per atom [eV]."""
+
+    energy_delta: float = 0.01
+    """Where it turns from quadratic to linear [eV/atom]."""
+
+    forces: float = 1.0
+    """Huber loss of the length of the force error [eV/Å]."""
+
+    forces_delta: float = 0.05
+    """Where it turns from quadratic to linear [eV/Å]."""
+
+    stress: float = 0.1
+    """Huber loss of the virial per atom [eV], periodic structures only."""
+
+    stress_delta: float = 0.01
+    """Where it turns from quadratic to linear [eV/atom]."""
+
+    angle: float = 0.02
+    """One minus the cosine between force and predicted force."""
+
+    angle_threshold: float = 0.3
+    """Forces shorter than this [eV/Å] have no angle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+
+    final_learning_rate: float = 1e-6
+    """Learning rate at the end."""
+
+    warmup_steps: int = 500
+    """Steps of linear warm-up."""
+
+    weight_decay: float = 1e-3
+    """Decoupled weight decay."""
+
+    clip: float = 1.0
+    """Largest norm of the gradient; longer ones are shortened."""
+
+    ema_decay: float = 0.999
+    """Decay of the moving average of the weights, which is what is validated and saved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides the result of a training run, and where it goes."""
+
+    name: str = "student"
+    """Name of the student."""
+
+    output: str = "runs/student"
+    """Folder for checkpoints, logs and the student file."""
+
+    data: DataConfig
+    """What to train on."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The student."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """Loss terms."""
+
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How the weights move."""
+
+    epochs: int = 20
+    """Passes over the training data."""
+
+    batch_atoms: int = 4000
+    """Atoms in a batch."""
+
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+
+    device: str = "auto"
+    """"cpu", "cuda", "cuda:1" …; "auto" takes a GPU if there is one."""
+
+    tf32: bool = True
+    """TF32 matrix products on GPUs that have them, while training."""
+
+    validate_every: int = 2000
+    """Steps between validations."""
+
+    checkpoint_every: int = 2000
+    """Steps between checkpoints."""
+
+    max_minutes: float | None = None
+    """Stop after this time, with a checkpoint; running the same command again goes on."""
+
+    licence: str = "MIT"
+    """Licence of the weights."""
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply overrides.
+
+    Parameters
+    ----------
+    path
+        YAML file.
+    overrides
+        Settings as ``key=value``, nested keys with dots: ``optimizer.learning_rate=5e-4``.
+
+    Returns
+    -------
+    TrainConfig
+        Typed and complete.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or a setting is unknown (with a suggestion), missing or of
+        the wrong type.
+    """
+    try:
+        loaded = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(loaded, DictConfig):
+        raise ConfigError(f"{path}: must hold settings as `key: value`")
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"{text}: overrides are written key=value")
+    given = OmegaConf.from_dotlist(list(overrides))
+    _check_keys(OmegaConf.to_container(loaded), TrainConfig, str(path))
+    _check_keys(OmegaConf.to_container(given), TrainConfig, "command line")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded, given)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        message = str(error).splitlines()[0]
+        raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{message}") from error
+    assert isinstance(config, TrainConfig)
+    return config
+
+
+def _check_keys(settings: Any, kind: type, where: str, prefix: str = "") -> None:
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} must hold settings, got {settings!r}")
+    known = {f.name: f.type for f in fields(kind)}
+    for key, value in settings.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown setting '{prefix}{key}'; {hint}")
+        if is_dataclass(known[key]):
+            _check_keys(value, known[key], where, f"{prefix}{key}.")

@@ -1,0 +1,46 @@
+"""Reference energies of the elements, by least squares."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from openmm_mlffd.potential import Potential, edge_vectors
+from openmm_mlffd.training.batches import StructureSource, make_batch
+
+
+def fit_references(
+    source: StructureSource, potential: Potential, device: torch.device, *, n_structures: int = 20000
+) -> list[float]:
+    """Energy of each element [eV] that explains most of the labels' energy, repulsion left out.
+
+    Least squares of energy minus repulsion against the counts of the elements, weighted so that
+    every structure counts by its error per atom. An element that does not occur gets 0.
+
+    Parameters
+    ----------
+    source
+        Structures; the first ``n_structures`` in the source's own order are used.
+    potential
+        Gives the elements and the repulsion; its references are not used.
+    device
+        Where to compute the repulsion.
+    n_structures
+        How many structures to use, about.
+    """
+    counts: list[NDArray[np.float64]] = []
+    energies: list[NDArray[np.float64]] = []
+    used = 0
+    for structures in source.batches(4000):
+        batch = make_batch(structures, potential, device)
+        graph = batch.graph
+        repulsion = potential.repulsion_energies(graph, edge_vectors(graph))
+        energy = batch.energy.index_add(0, graph.system, -repulsion.to(torch.float64))
+        count = torch.zeros((len(energy), len(potential.numbers)), dtype=torch.float64, device=device)
+        count.index_put_((graph.system, graph.species), count.new_ones(()), accumulate=True)
+        counts.append((count / batch.n_atoms[:, None]).cpu().numpy())
+        energies.append((energy / batch.n_atoms).cpu().numpy())
+        used += len(energy)
+        if used >= n_structures:
+            break
+    solution = np.linalg.lstsq(np.concatenate(counts), np.concatenate(energies), rcond=1e-10)[0]
+    return [float(e) for e in solution]
