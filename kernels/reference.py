@@ -74,7 +74,11 @@ def neighbor_list(
             block, bin3, system, offsets, n_bins, reach, pbc, first_bin, order, first_atom
         )
         s = s.to(positions.dtype) + image[i] - image[j]
-        vector = positions[j] - positions[i] + torch.einsum("na,nab->nb", s, _periodic(box, pbc)[system[i]])
+        vector = (
+            positions[j]
+            - positions[i]
+            + torch.einsum("na,nab->nb", s, _periodic(box, pbc)[system[i]])
+        )
         near = vector.square().sum(1) < cutoff**2
         near &= (i != j) | s.ne(0).any(1)
         receiver.append(i[near])
@@ -90,7 +94,7 @@ def _periodic(box: Tensor, pbc: Tensor) -> Tensor:
 def _bounding_boxes(
     positions: Tensor, system: Tensor, cell: Tensor, pbc: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """A box with volume for each system: its cell, or what encloses its atoms where not periodic."""
+    """A box with volume for each system: its cell, or around its atoms where not periodic."""
     box = cell.to(positions.dtype).clone()
     for s in (~pbc.all(1)).nonzero()[:, 0].tolist():
         box[s] = _complete(box[s], pbc[s])
@@ -102,8 +106,12 @@ def _bounding_boxes(
         )
     fractional = torch.einsum("na,nab->nb", positions, torch.linalg.inv(box)[system])
     index = system[:, None].expand(-1, 3)
-    low = torch.zeros_like(box[:, 0]).scatter_reduce(0, index, fractional, "amin", include_self=False)
-    high = torch.zeros_like(box[:, 0]).scatter_reduce(0, index, fractional, "amax", include_self=False)
+    low = torch.zeros_like(box[:, 0]).scatter_reduce(
+        0, index, fractional, "amin", include_self=False
+    )
+    high = torch.zeros_like(box[:, 0]).scatter_reduce(
+        0, index, fractional, "amax", include_self=False
+    )
     extent = torch.where(pbc, 1.0, high - low + 1e-3)
     low = torch.where(pbc, 0.0, low)
     origin = torch.einsum("na,nab->nb", low, box)
@@ -131,7 +139,9 @@ def _complete(box: Tensor, pbc: Tensor) -> Tensor:
 
 
 def _flat_bin(bin3: Tensor, n_bins: Tensor, first_bin: Tensor) -> Tensor:
-    return first_bin + (bin3[..., 0] * n_bins[..., 1] + bin3[..., 1]) * n_bins[..., 2] + bin3[..., 2]
+    return (
+        first_bin + (bin3[..., 0] * n_bins[..., 1] + bin3[..., 1]) * n_bins[..., 2] + bin3[..., 2]
+    )
 
 
 def _sort_by_bin(flat: Tensor, n_bins: Tensor) -> tuple[Tensor, Tensor]:

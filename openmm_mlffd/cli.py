@@ -103,7 +103,9 @@ def evaluate(
     source = StructureSource([Dataset(f) for f in files], split)
     batches = prefetch(source.batches(batch_atoms), potential, where)
     table = run(potential, batches, source.subsets, where)
-    typer.echo(f"{model} on the {split} split of {', '.join(map(str, files))} ({where}, {precision})")
+    typer.echo(
+        f"{model} on the {split} split of {', '.join(map(str, files))} ({where}, {precision})"
+    )
     typer.echo(format_table(table))
     if output is not None:
         output.write_text(json.dumps(table, indent=1) + "\n")

@@ -128,7 +128,8 @@ def make_potential(header: StudentHeader) -> Potential:
     for key, value in sizes.items():
         if not isinstance(value, int) or not 0 < value <= _LIMITS[key]:
             raise ModelFileError(
-                f"{header.name}: {key} must be a whole number from 1 to {_LIMITS[key]}, got {value!r}"
+                f"{header.name}: {key} must be a whole number from 1 to {_LIMITS[key]}, "
+                f"got {value!r}"
             )
     if not 0.5 <= header.cutoff <= 50.0:
         raise ModelFileError(
@@ -255,8 +256,7 @@ def find_student(model: str | Path | None = None) -> Path:
     if Path(model).is_file():
         return Path(model)
     raise ModelFileError(
-        f"{model}: neither a file nor a bundled student; bundled are "
-        f"{', '.join(bundled) or 'none'}"
+        f"{model}: neither a file nor a bundled student; bundled are {', '.join(bundled) or 'none'}"
     )
 
 

@@ -88,7 +88,8 @@ class PaiNN(nn.Module):
     ----------
     Schütt, Unke, Gastegger, ICML 2021, arXiv 2102.03150, figure 2. Differences: a cutoff with
     two continuous derivatives, a filter without bias (so that messages vanish smoothly at the
-    cutoff), no vector messages in the first block (they are zero), softened distances and norms (see `radial`).
+    cutoff), no vector messages in the first block (they are zero), softened distances and norms
+    (see `radial`).
     """
 
     def __init__(

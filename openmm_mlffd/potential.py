@@ -1,6 +1,6 @@
 """The student: a graph to energies, forces and virials."""
 
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,11 @@ class Potential(nn.Module):
     In training mode the forces can be differentiated with respect to the weights; in evaluation
     mode (`eval()`) they cannot, and the evaluation is cheaper.
     """
+
+    header: Any
+    """What the student file says of itself, a `StudentHeader`; only if it came from a file."""
+
+    __jit_ignored_attributes__: Final = ("header",)
 
     def __init__(
         self,

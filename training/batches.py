@@ -209,9 +209,10 @@ def prefetch(
     def put(item: Batch | BaseException | None) -> None:
         while not stopped.is_set():
             try:
-                return ready.put(item, timeout=0.1)
+                ready.put(item, timeout=0.1)
             except queue.Full:
                 continue
+            return
 
     def produce() -> None:
         try:

@@ -2,9 +2,9 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -200,7 +200,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def _check_keys(settings: Any, kind: type, where: str, prefix: str = "") -> None:
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} must hold settings, got {settings!r}")
-    known = {f.name: f.type for f in fields(kind)}
+    known = get_type_hints(kind)
     for key, value in settings.items():
         if key not in known:
             close = difflib.get_close_matches(str(key), known, n=1)

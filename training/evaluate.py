@@ -122,19 +122,35 @@ def evaluate(
     return sums.table(subsets)
 
 
+_LAYOUT = "{:14s} {:>10s} {:>7s} | {:>9s} {:>6s} {:>5s} | {:>10s} | {:>6s} | {:>6s}"
+
+
 def format_table(table: dict[str, dict[str, Any]]) -> str:
     """The table as text."""
-    lines = [
-        "subset         structures   atoms | force MAE   RMSE rel.  |  energy MAE |  angle* | stress",
-        "                                  |   meV/Å    meV/Å   %   |   meV/atom  |    deg  |    %  ",
-        "-" * 92,
-    ]
+    heading = _LAYOUT.format(
+        "subset",
+        "structures",
+        "atoms",
+        "force MAE",
+        "RMSE",
+        "rel.",
+        "energy MAE",
+        "angle*",
+        "stress",
+    )
+    units = _LAYOUT.format("", "", "", "meV/Å", "meV/Å", "%", "meV/atom", "deg", "%")
+    lines = [heading, units, "-" * len(heading)]
     for name, r in table.items():
-        stress = f"{r['stress_relative']:6.1f}" if r["stress_relative"] == r["stress_relative"] else "     -"
-        lines.append(
-            f"{name:14s} {r['structures']:10.0f} {r['atoms']:7.0f} | {r['force_mae']:8.1f} "
-            f"{r['force_rmse']:8.1f} {r['force_relative']:5.1f} | {r['energy_mae']:11.2f} | "
-            f"{r['angle']:7.2f} | {stress}"
+        values = (
+            f"{r['structures']:.0f}",
+            f"{r['atoms']:.0f}",
+            f"{r['force_mae']:.1f}",
+            f"{r['force_rmse']:.1f}",
+            f"{r['force_relative']:.1f}",
+            f"{r['energy_mae']:.2f}",
+            f"{r['angle']:.2f}",
+            "-" if math.isnan(r["stress_relative"]) else f"{r['stress_relative']:.1f}",
         )
+        lines.append(_LAYOUT.format(name, *values))
     lines.append(f"* mean angle between forces, where the reference exceeds {ANGLE_THRESHOLD} eV/Å")
     return "\n".join(lines)

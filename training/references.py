@@ -9,7 +9,11 @@ from openmm_mlffd.training.batches import StructureSource, make_batch
 
 
 def fit_references(
-    source: StructureSource, potential: Potential, device: torch.device, *, n_structures: int = 20000
+    source: StructureSource,
+    potential: Potential,
+    device: torch.device,
+    *,
+    n_structures: int = 20000,
 ) -> list[float]:
     """Energy of each element [eV] that explains most of the labels' energy, repulsion left out.
 
@@ -35,7 +39,9 @@ def fit_references(
         graph = batch.graph
         repulsion = potential.repulsion_energies(graph, edge_vectors(graph))
         energy = batch.energy.index_add(0, graph.system, -repulsion.to(torch.float64))
-        count = torch.zeros((len(energy), len(potential.numbers)), dtype=torch.float64, device=device)
+        count = torch.zeros(
+            (len(energy), len(potential.numbers)), dtype=torch.float64, device=device
+        )
         count.index_put_((graph.system, graph.species), count.new_ones(()), accumulate=True)
         counts.append((count / batch.n_atoms[:, None]).cpu().numpy())
         energies.append((energy / batch.n_atoms).cpu().numpy())

@@ -37,6 +37,12 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is intact."""
 
 
+class _SkippingAdamW(torch.optim.AdamW):
+    """AdamW whose fused step is left out, on the device, where `found_inf` is not zero."""
+
+    found_inf: Tensor
+
+
 @dataclass
 class Progress:
     """Where a run is."""
@@ -110,7 +116,7 @@ class Trainer:
         self.header = self._header()
         self.potential = make_potential(self.header).to(self.device).train()
         self.average = copy.deepcopy(self.potential).eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = _SkippingAdamW(
             self.potential.parameters(),
             lr=config.optimizer.learning_rate,
             weight_decay=config.optimizer.weight_decay,
@@ -148,7 +154,9 @@ class Trainer:
         handlers = self._catch_signals()
         try:
             with (
-                SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.progress.step) as board,
+                SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=self.progress.step
+                ) as board,
                 tqdm(total=n_steps, initial=self.progress.step, unit="step", smoothing=0.02) as bar,
             ):
                 while self.progress.epoch < self.config.epochs and not self._stop:
@@ -201,7 +209,6 @@ class Trainer:
         clip = self.config.optimizer.clip
         norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), clip)
         self._losses = {k: v.detach() for k, v in terms.items()} | {"total": loss.detach()}
-        # the fused optimizer leaves a step out, on the device, where this is not zero
         self.optimizer.found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
         self.optimizer.step()
         self._update_average()
@@ -229,7 +236,9 @@ class Trainer:
     @torch.no_grad()
     def _update_average(self) -> None:
         # a short memory at first, so that the average forgets the random start
-        decay = min(self.config.optimizer.ema_decay, (1 + self.progress.step) / (10 + self.progress.step))
+        decay = min(
+            self.config.optimizer.ema_decay, (1 + self.progress.step) / (10 + self.progress.step)
+        )
         torch._foreach_lerp_(
             list(self.average.parameters()), list(self.potential.parameters()), 1 - decay
         )
