@@ -224,9 +224,11 @@ def load_student(
             f"({sha256})"
         )
     _check_finite(tensors, str(path))
-    potential = make_potential(header)
+    # on no device: no random numbers are drawn, and weights take no detour over the default dtype
+    with torch.device("meta"):
+        potential = make_potential(header)
     try:
-        potential.network.load_state_dict(tensors)
+        potential.network.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         raise ModelFileError(f"{path}: weights do not fit the architecture: {error}") from error
     potential.network.to(PRECISIONS[precision])
