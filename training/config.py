@@ -149,6 +149,9 @@ class TrainConfig:
     max_minutes: float | None = None
     """Stop after this time, with a checkpoint; running the same command again goes on."""
 
+    initial: str | None = None
+    """Student file whose weights and reference energies to start from; None starts at random."""
+
     licence: str = "MIT"
     """Licence of the weights."""
 

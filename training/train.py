@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from openmm_mlffd.modelfile import StudentHeader, make_potential, save_student
+from openmm_mlffd.modelfile import StudentHeader, load_student, make_potential, save_student
 from openmm_mlffd.potential import Potential
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, prefetch
 from openmm_mlffd.training.config import ConfigError, OptimizerConfig, TrainConfig
@@ -129,6 +129,8 @@ class Trainer:
         self._last_bad = torch.zeros((), device=self.device)
         if (self.folder / CHECKPOINT).exists():
             self._load_checkpoint()
+        elif config.initial is not None:
+            self._start_from(config.initial)
         else:
             self._set_references(fit_references(self.source, self.potential, self.device))
 
@@ -308,6 +310,18 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self._set_references(state["references"])
         log.info("resumed from %s at step %d", path, self.progress.step)
+
+    def _start_from(self, path: str) -> None:
+        initial = load_student(path, device=self.device)
+        for name in ("architecture", "elements", "cutoff", "energy_scale"):
+            mine, theirs = getattr(self.header, name), getattr(initial.header, name)
+            if mine != theirs:
+                raise ConfigError(
+                    f"initial: {path} has {name} {theirs}, this run {mine}; they must be the same"
+                )
+        self.potential.load_state_dict(initial.state_dict())
+        self.average.load_state_dict(initial.state_dict())
+        self._set_references(initial.header.references)
 
     def _set_references(self, references: list[float]) -> None:
         self.potential.references = list(references)
