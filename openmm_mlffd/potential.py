@@ -61,6 +61,7 @@ class Potential(nn.Module):
     """What the student file says of itself, a `StudentHeader`; only if it came from a file."""
 
     __jit_ignored_attributes__: Final = ("header",)
+    __jit_unused_properties__: Final = ("references",)
 
     def __init__(
         self,
@@ -77,8 +78,17 @@ class Potential(nn.Module):
         self.numbers = list(numbers)
         self.cutoff = cutoff
         self.energy_scale = energy_scale
-        # a list, not a buffer: .float() must never round it
-        self.references = [float(e) for e in (references or [0.0] * len(numbers))]
+        self.references = references or [0.0] * len(numbers)
+
+    @property
+    def references(self) -> list[float]:
+        """Reference energy of each element [eV]; exact whatever the module is cast to."""
+        return self._references.tolist()
+
+    @references.setter
+    def references(self, energies: list[float]) -> None:
+        # neither a buffer, which .float() would round, nor a list, which TorchScript would
+        self._references = torch.tensor(energies, dtype=torch.float64, device="cpu")
 
     def forward(self, graph: Graph) -> Prediction:
         """Energy, forces, virial and energy of each atom."""
@@ -98,7 +108,7 @@ class Potential(nn.Module):
             [n_systems, 3, 3], dtype=gradient.dtype, device=gradient.device
         ).index_add(0, graph.system[receiver], 0.5 * (pair_virial + pair_virial.transpose(1, 2)))
 
-        references = torch.tensor(self.references, dtype=torch.float64, device=vectors.device)
+        references = self._references.to(vectors.device)
         atom_energies = learned + repulsion.detach() + references[graph.species]
         if not self.training:
             atom_energies = atom_energies.detach()

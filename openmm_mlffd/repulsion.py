@@ -16,7 +16,8 @@ class ZBL(nn.Module):
 
     E(r) = COULOMB Z_i Z_j / r · φ(r / a) · cutoff(r / c), with φ a sum of four exponentials,
     a = 0.8854 bohr / (Z_i^0.23 + Z_j^0.23), and c the sum of the covalent radii, at least
-    `SHORTEST_RANGE`: next to nothing at the length of a bond, a wall within. Nothing to train.
+    `SHORTEST_RANGE`: next to nothing at the length of a single bond, up to 4 eV at that of a
+    triple bond (the network learns the rest), a wall within. Nothing to train.
 
     Parameters
     ----------
@@ -35,16 +36,17 @@ class ZBL(nn.Module):
             raise ValueError(
                 f"elements must be from hydrogen to Z = {len(COVALENT_RADII) - 1}, got {numbers}"
             )
-        self.numbers = [float(z) for z in numbers]
-        self.radii = [COVALENT_RADII[z] for z in numbers]
+        # neither buffers, which .float() would round, nor lists, which TorchScript would
+        self._numbers = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+        radii = [COVALENT_RADII[z] for z in numbers]
+        self._radii = torch.tensor(radii, dtype=torch.float64, device="cpu")
         self.shortest_range = SHORTEST_RANGE
         self.screening_length = 0.8854 * BOHR
         self.coulomb = COULOMB
 
     def forward(self, distances: Tensor, species_i: Tensor, species_j: Tensor) -> Tensor:
         """Energy of each pair [eV], shape ``(n_edges,)``, from softened distances [Å]."""
-        z = torch.tensor(self.numbers, dtype=distances.dtype, device=distances.device)
-        radii = torch.tensor(self.radii, dtype=distances.dtype, device=distances.device)
+        z, radii = self._numbers.to(distances), self._radii.to(distances)
         z_i, z_j = z[species_i], z[species_j]
         reach = (radii[species_i] + radii[species_j]).clamp(min=self.shortest_range)
         x = distances * (z_i**0.23 + z_j**0.23) / self.screening_length

@@ -1,5 +1,6 @@
 """Small students and structures that the tests share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,10 @@ from openmm_mlffd.modelfile import StudentHeader, make_potential
 from openmm_mlffd.potential import Potential, Prediction
 
 DATA = Path(__file__).parent / "data"
+
+# the systems are small: several threads would only wait for one another
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
+torch.set_num_threads(1)
 
 
 class System(NamedTuple):
@@ -72,16 +77,15 @@ def predict() -> Callable[..., Prediction]:
     """Evaluate a potential on one system, or on several as one batch."""
 
     def evaluate(potential: Potential, *systems: System) -> Prediction:
-        counts = [len(s.numbers) for s in systems]
-        cells = np.stack([np.zeros((3, 3)) if s.cell is None else s.cell for s in systems])
-        periodic = np.array([[s.cell is not None] * 3 for s in systems])
+        numbers, positions, cells = zip(*systems, strict=True)
+        counts = torch.tensor([len(n) for n in numbers])
         graph = build_graph(
-            torch.tensor(np.concatenate([s.positions for s in systems])),
-            potential.species(torch.tensor(np.concatenate([s.numbers for s in systems]))),
+            torch.tensor(np.concatenate(positions)),
+            potential.species(torch.tensor(np.concatenate(numbers))),
             cutoff=potential.cutoff,
-            cell=torch.tensor(cells),
-            pbc=torch.tensor(periodic),
-            system=torch.repeat_interleave(torch.arange(len(systems)), torch.tensor(counts)),
+            cell=torch.tensor(np.stack([np.zeros((3, 3)) if c is None else c for c in cells])),
+            pbc=torch.tensor([[c is not None] * 3 for c in cells]),
+            system=torch.repeat_interleave(torch.arange(len(systems)), counts),
         )
         return potential(graph)
 

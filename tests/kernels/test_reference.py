@@ -24,7 +24,8 @@ def random_cell(rng, kind):
 
 
 def as_set(i, j, shift):
-    return set(zip(i.tolist(), j.tolist(), map(tuple, np.rint(shift).astype(int).tolist())))
+    shifts = map(tuple, np.rint(shift).astype(int).tolist())
+    return set(zip(i.tolist(), j.tolist(), shifts, strict=True))
 
 
 def edges_of(positions, cell, pbc, cutoff):
