@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,11 +12,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import openmm_mlffd
-from openmm_mlffd.elements import atomic_number
+from openmm_mlffd.elements import atomic_number, symbol
 from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.potential import Potential
 
@@ -97,16 +98,26 @@ def save_student(path: str | Path, potential: Potential, header: StudentHeader) 
     ------
     ModelFileError
         If a weight is not finite.
+    ValueError
+        If the header does not describe the potential.
     """
+    _check_described(potential, header)
     tensors = {k: v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
-    _check_finite(tensors, str(path))
+    _check_weights(tensors, str(path))
     values = asdict(header) | {"created_with": f"openmm-mlffd {openmm_mlffd.__version__}"}
     values["sha256"] = _digest(values, tensors)
     content = {"format": FORMAT, "version": VERSION, "units": UNITS, **values}
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, {_KEY: json.dumps(content, ensure_ascii=False)})
-    os.replace(temporary, path)
+    try:
+        # not save_file, which lets nobody else read the file
+        with temporary.open("wb") as file:
+            file.write(save(tensors, {_KEY: json.dumps(content, ensure_ascii=False)}))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return StudentHeader(**values)
 
 
@@ -116,7 +127,7 @@ def make_potential(header: StudentHeader) -> Potential:
     Raises
     ------
     ModelFileError
-        If the architecture is not one this version knows, or its sizes are absurd.
+        If the architecture is not one this version knows, or a size or number is absurd.
     """
     sizes = dict(header.architecture)
     kind = sizes.pop("kind", None)
@@ -131,6 +142,12 @@ def make_potential(header: StudentHeader) -> Potential:
                 f"{header.name}: {key} must be a whole number from 1 to {_LIMITS[key]}, "
                 f"got {value!r}"
             )
+    for value in (header.cutoff, header.energy_scale, *header.references):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelFileError(
+                f"{header.name}: cutoff, energy scale and reference energies must be finite "
+                f"numbers, got {value!r}"
+            )
     if not 0.5 <= header.cutoff <= 50.0:
         raise ModelFileError(
             f"{header.name}: the cutoff must be between 0.5 and 50 Å, got {header.cutoff!r}"
@@ -140,7 +157,9 @@ def make_potential(header: StudentHeader) -> Potential:
             f"{header.name}: one reference energy is needed for each element, "
             f"got {len(header.references)} for {len(header.elements)} elements"
         )
-    numbers = [atomic_number(symbol) for symbol in header.elements]
+    numbers = [_known_number(name, header) for name in header.elements]
+    if len(set(numbers)) != len(numbers):
+        raise ModelFileError(f"{header.name}: an element is listed twice: {header.elements}")
     network = PaiNN(len(numbers), cutoff=header.cutoff, **sizes)
     return Potential(
         network,
@@ -213,6 +232,7 @@ def load_student(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelFileError(f"{path}: the weights cannot be read ({error})") from error
+    _check_weights(tensors, str(path))
     found = _digest(asdict(header), tensors)
     if found != header.sha256:
         raise ModelFileError(
@@ -223,7 +243,6 @@ def load_student(
             f"{path}: this is another student (SHA-256 {header.sha256}) than the one asked for "
             f"({sha256})"
         )
-    _check_finite(tensors, str(path))
     # on no device: no random numbers are drawn, and weights take no detour over the default dtype
     with torch.device("meta"):
         potential = make_potential(header)
@@ -298,7 +317,33 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+def _check_described(potential: Potential, header: StudentHeader) -> None:
+    described = {
+        "elements": [symbol(z) for z in potential.numbers],
+        "references": potential.references,
+        "cutoff": potential.cutoff,
+        "energy_scale": potential.energy_scale,
+    }
+    for name, value in described.items():
+        if getattr(header, name) != value:
+            raise ValueError(
+                f"the header must describe the potential: its {name} are "
+                f"{getattr(header, name)}, the potential's {value}"
+            )
+
+
+def _known_number(name: str, header: StudentHeader) -> int:
+    try:
+        return atomic_number(name)
+    except ValueError as error:
+        raise ModelFileError(f"{header.name}: {error}") from error
+
+
+def _check_weights(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
+        if tensor.dtype not in PRECISIONS.values():
+            raise ModelFileError(
+                f"{where}: weight {name} is {tensor.dtype}; float32 or float64 is needed"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise ModelFileError(f"{where}: weight {name} holds values that are not finite")
