@@ -175,7 +175,9 @@ class DatasetWriter:
                 "split_test": split.test,
             }
         )
-        self._file.create_dataset("offsets", data=np.zeros(1, "i8"), maxshape=(None,), chunks=True)
+        self._file.create_dataset(
+            "offsets", data=np.zeros(1, "i8"), maxshape=(None,), chunks=(_CHUNK,), fletcher32=True
+        )
         for name, (dtype, row, _) in _FIELDS.items():
             dataset = self._file.create_dataset(
                 name,
@@ -220,7 +222,13 @@ class DatasetWriter:
         offsets[start:] = first + structures.offsets[1:]
 
     def _check(self, structures: Structures, n: int) -> None:
-        n_atoms = int(structures.offsets[-1])
+        offsets = structures.offsets
+        if len(offsets) != n + 1 or offsets[0] != 0 or (np.diff(offsets) < 1).any():
+            raise DatasetError(
+                f"{self._path}: offsets must be {n + 1} numbers that rise from 0, "
+                "since every structure has an atom"
+            )
+        n_atoms = int(offsets[-1])
         for name, (_, row, kind) in _FIELDS.items():
             shape = ((n_atoms if kind == "atom" else n), *row)
             if getattr(structures, name).shape != shape:
@@ -248,13 +256,15 @@ class DatasetWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        names = np.array(list(self._groups), dtype=h5py.string_dtype())
-        self._file.create_dataset("group_names", data=names, compression="gzip")
-        self._file.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink()
+        try:
+            if kind is None:
+                names = np.array(list(self._groups), dtype=h5py.string_dtype())
+                self._file.create_dataset("group_names", data=names, compression="gzip")
+            self._file.close()
+            if kind is None:
+                os.replace(self._temporary, self._path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
 
 class Dataset:
@@ -278,14 +288,14 @@ class Dataset:
         except OSError as error:
             raise DatasetError(f"{self.path}: not a readable HDF5 file ({error})") from error
         self._check()
-        self.offsets: NDArray[np.int64] = self._file["offsets"][:]
+        self.offsets: NDArray[np.int64] = self._rows("offsets", slice(None))
         self.teacher: str = str(self._file.attrs["teacher"])
         self.subsets: list[str] = [str(s) for s in self._file["subset"].attrs["names"]]
-        self.split: NDArray[np.uint8] = self._file["split"][:]
-        self.subset: NDArray[np.uint8] = self._file["subset"][:]
+        self.split: NDArray[np.uint8] = self._rows("split", slice(None))
+        self.subset: NDArray[np.uint8] = self._rows("subset", slice(None))
 
     def _check(self) -> None:
-        attrs = self._file.attrs
+        attrs = self.attributes
         found = attrs.get("format"), attrs.get("version")
         if found != (FORMAT, VERSION):
             hint = (
@@ -300,6 +310,13 @@ class Dataset:
         missing = [n for n in ("offsets", "group_names", *_FIELDS) if n not in self._file]
         if missing:
             raise DatasetError(f"{self.path}: lacks {', '.join(missing)}; was its writing cut off?")
+        n, n_atoms = len(self._file["offsets"]) - 1, len(self._file["positions"])
+        for name, (_, row, kind) in _FIELDS.items():
+            shape = ((n_atoms if kind == "atom" else n), *row)
+            if self._file[name].shape != shape:
+                raise DatasetError(
+                    f"{self.path}: {name} must have shape {shape}, it has {self._file[name].shape}"
+                )
         for name, unit in UNITS.items():
             if self._file[name].attrs.get("units") != unit:
                 raise DatasetError(
@@ -356,11 +373,14 @@ class Dataset:
         arrays = {}
         for name, (_, _, kind) in _FIELDS.items():
             rows = slice(first, last) if kind == "atom" else slice(start, stop)
-            try:
-                arrays[name] = self._file[name][rows]
-            except OSError as error:
-                raise DatasetError(f"{self.path}: {name} is damaged ({error})") from error
+            arrays[name] = self._rows(name, rows)
         return Structures(offsets=self.offsets[start : stop + 1] - first, **arrays)
+
+    def _rows(self, name: str, rows: slice) -> NDArray[Any]:
+        try:
+            return self._file[name][rows]
+        except OSError as error:
+            raise DatasetError(f"{self.path}: {name} is damaged ({error})") from error
 
     def blocks(self, size: int = 1024) -> Iterator[Structures]:
         """All structures in order, `size` at a time."""
