@@ -1,0 +1,246 @@
+"""Students in OpenMM: the implementation behind ``MLPotential('mlffd')``."""
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+try:
+    import openmm
+    from openmmml.mlpotential import MLPotentialImpl
+except ImportError as error:
+    raise ImportError(
+        f"OpenMM and OpenMM-ML are needed ({error}): pip install 'openmm-mlffd[openmm]'"
+    ) from error
+
+from openmm_mlffd.elements import atomic_number
+from openmm_mlffd.evaluator import StudentSource, resolve_device
+from openmm_mlffd.interfaces.openmm_force import VERSION, ComputationSettings, StudentComputation
+from openmm_mlffd.interfaces.openmm_topology import (
+    atomic_numbers,
+    check_hydrogens,
+    check_neutral,
+)
+from openmm_mlffd.modelfile import PRECISIONS, ModelFileError, read_header
+
+_STUDENT_KEYWORDS = ("model", "modelPath")
+_EMBEDDING_KEYWORDS = ("linkAtomDistances", "mlLongRange")  # openmmml hands on its own, too
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The keywords that may be given to `MLPotential` and to `createSystem`."""
+
+    precision: str | None = None
+    device: Any = None
+    charge: float | None = None
+    multiplicity: int | None = None
+    allowMissingHydrogens: bool = False
+
+    def updated(self, keywords: dict[str, Any]) -> "_Options":
+        """Check and take over keywords; None leaves what is set."""
+        new = replace(self, **{k: v for k, v in keywords.items() if v is not None})
+        if new.precision is not None and new.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision must be one of {', '.join(PRECISIONS)}, got {new.precision!r}"
+            )
+        if new.charge is not None and new.charge != 0:
+            raise ValueError(
+                f"charge={new.charge} was asked for, but the student knows nothing of charge: it "
+                "was made for neutral molecules and would treat these as neutral"
+            )
+        if new.multiplicity is not None and new.multiplicity != 1:
+            raise ValueError(
+                f"multiplicity={new.multiplicity} was asked for, but the student knows nothing of "
+                "spin: it was made for closed shells (multiplicity 1)"
+            )
+        if new.device is not None:
+            resolve_device(new.device)
+        return new
+
+
+_OPTIONS = tuple(field.name for field in fields(_Options))
+
+
+class MLFFDPotentialImpl(MLPotentialImpl):
+    """A student as an OpenMM potential.
+
+    >>> MLPotential('mlffd')  # the bundled default student
+    >>> MLPotential('mlffd', model='default')  # a bundled student by name
+    >>> MLPotential('mlffd', modelPath='student.safetensors')  # a student file
+
+    The following keywords may be given to `MLPotential` and to `createSystem` or
+    `createMixedSystem`, where they override:
+
+    precision
+        ``'single'`` (default) or ``'double'``: the arithmetic of the network. Energies and
+        forces are summed in double either way.
+    device
+        Where the student runs, such as ``'cpu'`` or ``'cuda:1'``. By default CUDA if there is
+        any, else the CPU. A `PythonForce` is not told on which device its Context runs: where
+        the Context has a `DeviceIndex`, give the same one here.
+    charge, multiplicity
+        Only 0 and 1. Others are refused, since the student knows neutral closed-shell molecules
+        only. ``charge=0`` overrides formal charges in the Topology.
+    allowMissingHydrogens
+        Accept molecules that have carbon but, against expectation, no hydrogens.
+
+    The box is periodic if the Topology has box vectors. A System that is stored as XML holds
+    the student's name, path and SHA-256, not its weights; reading it needs openmm_mlffd and the
+    same student.
+
+    Parameters
+    ----------
+    name
+        Name under which the potential was asked for.
+    model
+        Name of a bundled student (default: ``'default'``), or path of a student file.
+    modelPath
+        Path of a student file.
+    args
+        The keywords above.
+
+    Raises
+    ------
+    TypeError
+        If a keyword is unknown.
+    ValueError
+        If the value of a keyword cannot be met, or there is no such student.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str | None = None,
+        modelPath: str | Path | None = None,
+        **args: Any,
+    ) -> None:
+        self.name = name
+        _refuse_unknown(args, (*_STUDENT_KEYWORDS, *_OPTIONS), "MLPotential")
+        self._options = _Options().updated(args)
+        if model is not None and modelPath is not None:
+            raise ValueError("give either model or modelPath, not both")
+        if modelPath is not None:
+            path = Path(modelPath).expanduser()
+            if not path.is_file():
+                raise ModelFileError(f"modelPath: there is no file {path}")
+            self.student = StudentSource.find(path.resolve())
+        else:
+            self.student = StudentSource.find(model)
+
+    def addForces(
+        self,
+        topology: openmm.app.Topology,
+        system: openmm.System,
+        atoms: Iterable[int] | None,
+        forceGroup: int,
+        **args: Any,
+    ) -> None:
+        """Add the student's `PythonForce` to a System; called by openmmml.
+
+        Parameters
+        ----------
+        topology
+            The Topology, with the hydrogens that cap cut bonds at its end, if there are any.
+        system
+            The System; empty where openmmml interpolates.
+        atoms
+            Indices of the student's atoms, in any order; None for all.
+        forceGroup
+            The force group.
+        args
+            Keywords given to `createSystem` or `createMixedSystem`.
+
+        Raises
+        ------
+        TypeError
+            If a keyword is unknown.
+        ValueError
+            If there are no atoms, an atom has no element or one that the student does not know,
+            hydrogens are missing, the atoms are charged, or the value of a keyword cannot be met.
+        """
+        options = self._call_options(args, mixed=atoms is not None)
+        indices = None if atoms is None else [int(i) for i in atoms]
+        chosen = _chosen_atoms(topology, indices)
+        known = [atomic_number(element) for element in read_header(self.student.locate()).elements]
+        numbers = atomic_numbers(chosen, known)
+        if options.charge is None:
+            check_neutral(chosen)
+        if not options.allowMissingHydrogens:
+            check_hydrogens(topology, chosen)
+        computation = StudentComputation(
+            ComputationSettings(
+                version=VERSION,
+                name=self.student.name,
+                path=self.student.path,
+                sha256=self.student.sha256,
+                numbers=numbers,
+                atoms=indices,
+                periodic=_is_periodic(topology, system),
+                precision=options.precision or "single",
+                device=None if options.device is None else str(options.device),
+            )
+        )
+        computation.start()  # a damaged student is reported here, not in the first step
+        force = openmm.PythonForce(computation)
+        force.setName("MLFFD")
+        force.setForceGroup(forceGroup)
+        force.setUsesPeriodicBoundaryConditions(computation.settings["periodic"])
+        if indices is not None:
+            force.setParticles(indices)
+        system.addForce(force)
+
+    def getMLLongRange(self) -> bool:
+        """Students end at their cutoff: nothing reaches beyond."""
+        return False
+
+    def _call_options(self, args: dict[str, Any], mixed: bool) -> _Options:
+        misplaced = [key for key in _STUDENT_KEYWORDS if key in args]
+        if misplaced:
+            raise TypeError(f"give {misplaced[0]} to MLPotential, not when a System is made")
+        known = (*_OPTIONS, *_EMBEDDING_KEYWORDS) if mixed else _OPTIONS
+        _refuse_unknown(args, known, "createMixedSystem" if mixed else "createSystem")
+        return self._options.updated({k: v for k, v in args.items() if k in _OPTIONS})
+
+
+def _refuse_unknown(args: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    lowered = {name.lower(): name for name in known}
+    for key in args:
+        if key not in known:
+            close = difflib.get_close_matches(key.lower().replace("_", ""), lowered, n=1)
+            hint = f" did you mean {lowered[close[0]]!r}?" if close else ""
+            raise TypeError(
+                f"{where}: the mlffd potential has no keyword {key!r};{hint} it knows "
+                f"{', '.join(known)}"
+            )
+
+
+def _chosen_atoms(topology: openmm.app.Topology, indices: list[int] | None) -> list[Any]:
+    everything = list(topology.atoms())
+    if indices is None:
+        if not everything:
+            raise ValueError("the Topology has no atoms")
+        return everything
+    if not indices:
+        # for a PythonForce, no particles means all of them
+        raise ValueError("there are no atoms for the student: the list of atoms is empty")
+    outside = [i for i in indices if not 0 <= i < len(everything)]
+    if outside:
+        raise ValueError(f"there is no atom {outside[0]} in a Topology of {len(everything)} atoms")
+    if len(set(indices)) != len(indices):
+        twice = next(i for i in indices if indices.count(i) > 1)
+        raise ValueError(f"atom {twice} is more than once in the list of atoms")
+    return [everything[i] for i in indices]
+
+
+def _is_periodic(topology: openmm.app.Topology, system: openmm.System) -> bool:
+    if topology.getPeriodicBoxVectors() is not None:
+        return True
+    # not the other way round: where openmmml interpolates, the System is an empty stand-in
+    if system.usesPeriodicBoundaryConditions():
+        raise ValueError(
+            "the System is periodic, but the Topology has no box: call "
+            "topology.setPeriodicBoxVectors(system.getDefaultPeriodicBoxVectors())"
+        )
+    return False
