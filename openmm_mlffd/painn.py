@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_mlffd.kernels import reference
-from openmm_mlffd.radial import RadialBasis, distances_and_directions
+from openmm_mlffd.radial import RadialBasis, compress_core, distances_and_directions
 
 NORM_SOFTENING = 1e-4
 """Added to squared vector norms before the square root: smooth where a vector vanishes."""
@@ -111,7 +111,13 @@ class PaiNN(nn.Module):
         self.mixings = nn.ModuleList([Mixing(n_channels) for _ in range(n_interactions)])
         self.readout = _mlp(n_channels, n_channels // 2, 1)
 
-    def forward(self, species: Tensor, edge_vectors: Tensor, edge_index: Tensor) -> Tensor:
+    def forward(
+        self,
+        species: Tensor,
+        edge_vectors: Tensor,
+        edge_index: Tensor,
+        core: Tensor | None = None,
+    ) -> Tensor:
         """Energy of each atom.
 
         Parameters
@@ -122,6 +128,9 @@ class PaiNN(nn.Module):
             Sender minus receiver [Å], shape ``(n_edges, 3)``.
         edge_index
             Receiver and sender of each edge, shape ``(2, n_edges)``, int64.
+        core
+            Distance [Å] within which each edge is compressed, see `radial.compress_core`,
+            shape ``(n_edges,)``; None for no such core.
 
         Returns
         -------
@@ -129,6 +138,8 @@ class PaiNN(nn.Module):
             Energy of each atom in units of the model's energy scale, shape ``(n_atoms,)``.
         """
         distances, directions = distances_and_directions(edge_vectors)
+        if core is not None:
+            distances = compress_core(distances, core)
         basis = self.basis(distances)
         scalars = self.embedding(species)
         vectors: Tensor | None = None

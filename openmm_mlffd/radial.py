@@ -43,6 +43,24 @@ def smooth_cutoff(x: Tensor) -> Tensor:
     return 1.0 + x**6 * (-28.0 + x * (48.0 - 21.0 * x))
 
 
+def compress_core(distances: Tensor, core: Tensor) -> Tensor:
+    """Distances as the network sees them: unchanged beyond the core, at least 5/7 core within.
+
+    d = core (5/7 + t^6 - 5/7 t^7), t = r / core, for r < core: twice continuously differentiable
+    and flat for small r. Shorter than any distance it was trained on, the network would be free
+    to do anything; so it does nothing, and the repulsion acts alone.
+
+    Parameters
+    ----------
+    distances
+        Distances [Å], shape ``(n_edges,)``.
+    core
+        Radius of the core of each pair [Å], shape ``(n_edges,)``.
+    """
+    t = (distances / core).clamp(max=1.0)
+    return torch.where(distances < core, core * (5 / 7 + t**6 * (1 - 5 / 7 * t)), distances)
+
+
 class RadialBasis(nn.Module):
     """sqrt(2 / cutoff) sin(n π r / cutoff) / r times the smooth cutoff, n = 1 … n_basis.
 

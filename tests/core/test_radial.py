@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from openmm_mlffd.radial import (
+    compress_core,
     SOFTENING,
     RadialBasis,
     distances_and_directions,
@@ -106,3 +107,17 @@ def test_softening_does_not_matter_at_the_length_of_a_bond():
     np.testing.assert_allclose(directions.norm(dim=1).numpy(), 1, atol=6e-5)
     assert torch.equal(distances, softened_distances(vectors))
     assert (directions * vectors).sum(1).gt(0).all()
+
+
+def test_core_is_compressed_smoothly_and_nothing_else_is_touched():
+    core = torch.tensor(1.2, dtype=torch.float64)
+    r = torch.linspace(0.0, 2.0, 4001, dtype=torch.float64, requires_grad=True)
+    d = compress_core(r, core)
+    (slope,) = torch.autograd.grad(d.sum(), r, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), r)
+    assert torch.equal(d[r >= core], r[r >= core])
+    assert torch.allclose(d[0], 5 / 7 * core)
+    assert (slope >= 0).all()
+    assert d.detach().diff().abs().max() < 6e-4
+    assert slope.detach().diff().abs().max() < 5e-3
+    assert curvature.diff().abs().max() < 0.06
