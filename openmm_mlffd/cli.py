@@ -72,10 +72,14 @@ def train(
 ) -> None:
     """Train a student; goes on from the checkpoint if there is one."""
     from openmm_mlffd.training.config import load_config
-    from openmm_mlffd.training.train import Trainer
+    from openmm_mlffd.training.train import Trainer, TrainingError
 
     trainer = Trainer(load_config(config, overrides or []))
-    path = trainer.run()
+    try:
+        path = trainer.run()
+    except TrainingError as error:
+        typer.echo(f"mlffd: {error}", err=True)
+        raise typer.Exit(1) from error
     done = "finished" if trainer.finished else "stopped; the same command goes on"
     typer.echo(f"{done}: {path}")
 

@@ -11,7 +11,6 @@ from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.radial import softened_distances
 from openmm_mlffd.repulsion import ZBL
 
-
 CORE = 0.75
 """The network sees distances below this share of the sum of the covalent radii compressed.
 

@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 
 class ConfigError(ValueError):
@@ -179,7 +180,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """
     try:
         loaded = OmegaConf.load(path)
-    except OSError as error:
+    except (OSError, YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: must hold settings as `key: value`")
@@ -192,7 +193,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded, given)
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None)
         message = str(error).splitlines()[0]
         raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{message}") from error

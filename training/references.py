@@ -23,18 +23,19 @@ def fit_references(
     Parameters
     ----------
     source
-        Structures; the first ``n_structures`` in the source's own order are used.
+        Structures; about ``n_structures`` of them are used, chosen at random.
     potential
         Gives the elements and the repulsion; its references are not used.
     device
         Where to compute the repulsion.
     n_structures
-        How many structures to use, about.
+        How many structures to use.
     """
     counts: list[NDArray[np.float64]] = []
     energies: list[NDArray[np.float64]] = []
     used = 0
-    for structures in source.batches(4000):
+    # any order would do, but that of the files: elements may come late in them
+    for structures in source.batches(4000, rng=np.random.default_rng(0)):
         batch = make_batch(structures, potential, device)
         graph = batch.graph
         repulsion = potential.repulsion_energies(graph, edge_vectors(graph))

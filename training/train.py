@@ -4,6 +4,7 @@ import copy
 import logging
 import math
 import os
+import pickle
 import signal
 import time
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from openmm_mlffd.evaluator import resolve_device
 from openmm_mlffd.modelfile import StudentHeader, load_student, make_potential, save_student
 from openmm_mlffd.potential import Potential
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, prefetch
@@ -71,13 +73,10 @@ def pick_device(name: str) -> torch.device:
     ConfigError
         If the device does not exist here.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    n_gpus = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise ConfigError(f"device {name} is not here; there are {n_gpus} CUDA devices")
-    return device
+    try:
+        return resolve_device(None if name == "auto" else name)
+    except ValueError as error:
+        raise ConfigError(f"device: {error}") from error
 
 
 def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
@@ -101,7 +100,7 @@ class Trainer:
     Raises
     ------
     ConfigError
-        If the folder's checkpoint was made with other settings.
+        If the folder's checkpoint cannot be read or was made with other settings.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -109,12 +108,13 @@ class Trainer:
         self.device = pick_device(config.device)
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(config.seed)
         self.datasets = [Dataset(path) for path in config.data.files]
         self.source = self._source("train", config.data.max_structures)
         self.validation = self._source("val", None)
         self.header = self._header()
-        self.potential = make_potential(self.header).to(self.device).train()
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.seed)
+            self.potential = make_potential(self.header).to(self.device).train()
         self.average = copy.deepcopy(self.potential).eval().requires_grad_(False)
         self.optimizer = _SkippingAdamW(
             self.potential.parameters(),
@@ -126,7 +126,7 @@ class Trainer:
         self._stop = False
         self._losses: dict[str, Tensor] = {}
         self._bad_steps = torch.zeros((), device=self.device)
-        self._last_bad = torch.zeros((), device=self.device)
+        self._last_bad = torch.zeros(2, device=self.device)  # epoch and batch
         if (self.folder / CHECKPOINT).exists():
             self._load_checkpoint()
         elif config.initial is not None:
@@ -215,9 +215,10 @@ class Trainer:
         self.optimizer.step()
         self._update_average()
         self._bad_steps += self.optimizer.found_inf
-        self._last_bad = torch.where(
-            self.optimizer.found_inf > 0, float(self.progress.batch), self._last_bad
-        )
+        for place, number in enumerate((self.progress.epoch, self.progress.batch)):
+            self._last_bad[place] = torch.where(
+                self.optimizer.found_inf > 0, float(number), self._last_bad[place]
+            )
 
     def _count_bad_steps(self) -> None:
         # looking waits for the device, so only now and then
@@ -226,7 +227,8 @@ class Trainer:
             return
         self._bad_steps.zero_()
         self.progress.bad_steps += new
-        where = f"batch {int(self._last_bad)} of epoch {self.progress.epoch}"
+        epoch, batch = self._last_bad.int().tolist()
+        where = f"batch {batch} of epoch {epoch}"
         log.warning("%d steps left out: loss or gradient not finite, last in %s", new, where)
         if self.progress.bad_steps > _MAX_BAD_STEPS:
             raise TrainingError(
@@ -295,7 +297,13 @@ class Trainer:
 
     def _load_checkpoint(self) -> None:
         path = self.folder / CHECKPOINT
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ConfigError(
+                f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0]}); "
+                "remove it to start anew"
+            ) from error
         before, now = state["config"], asdict(self.config)
         free = {"output", "device", "max_minutes", "validate_every", "checkpoint_every", "data"}
         changed = [k for k in now if k not in free and before.get(k) != now[k]]

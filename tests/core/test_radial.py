@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from openmm_mlffd.radial import (
-    compress_core,
     SOFTENING,
     RadialBasis,
+    compress_core,
     distances_and_directions,
     smooth_cutoff,
     softened_distances,

@@ -1,4 +1,4 @@
-"""Makes golden_v1: a small student of file format version 1 and what it says of two systems.
+"""Makes golden_v1: a small student of file format version 1 and what it says of three systems.
 
 Run once, when the format was new. Later versions must read the file and give the same numbers,
 so it is never made anew; a new format version gets a golden file of its own.
@@ -42,10 +42,11 @@ def main() -> None:
     header = save_student(HERE / "golden_v1.safetensors", make_potential(header), header)
     potential = load_student(HERE / "golden_v1.safetensors", precision="double")
     systems = []
-    for cell in (None, CELL):
+    clash = (0.6 * np.array(POSITIONS)).tolist()  # within the cores of most pairs
+    for positions, cell in ((POSITIONS, None), (POSITIONS, CELL), (clash, None)):
         found = potential(
             build_graph(
-                torch.tensor(POSITIONS, dtype=torch.float64),
+                torch.tensor(positions, dtype=torch.float64),
                 potential.species(torch.tensor(NUMBERS)),
                 cutoff=potential.cutoff,
                 cell=None if cell is None else torch.tensor(cell, dtype=torch.float64),
@@ -54,7 +55,7 @@ def main() -> None:
         systems.append(
             {
                 "numbers": NUMBERS,
-                "positions": POSITIONS,
+                "positions": positions,
                 "cell": cell,
                 "energy": found.energy.item(),
                 "forces": np.round(found.forces.numpy(), 10).tolist(),
