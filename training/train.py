@@ -299,10 +299,10 @@ class Trainer:
         path = self.folder / CHECKPOINT
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            cause = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ConfigError(
-                f"{path}: not a checkpoint that can be read ({str(error).splitlines()[0]}); "
-                "remove it to start anew"
+                f"{path}: not a checkpoint that can be read ({cause}); remove it to start anew"
             ) from error
         before, now = state["config"], asdict(self.config)
         free = {"output", "device", "max_minutes", "validate_every", "checkpoint_every", "data"}
