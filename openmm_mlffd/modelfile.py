@@ -55,6 +55,9 @@ class StudentHeader:
     energy_scale: float = 1.0
     """Energy [eV] of the network's unit."""
 
+    energy_bound: float | None = None
+    """Bound of the network's energy of an atom [eV]; see `Potential`."""
+
     teacher: str = ""
     """What labelled the training data."""
 
@@ -148,6 +151,9 @@ def make_potential(header: StudentHeader) -> Potential:
                 f"{header.name}: cutoff, energy scale and reference energies must be finite "
                 f"numbers, got {value!r}"
             )
+    bound = header.energy_bound
+    if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
+        raise ModelFileError(f"{header.name}: the energy bound must be positive, got {bound!r}")
     if not 0.5 <= header.cutoff <= 50.0:
         raise ModelFileError(
             f"{header.name}: the cutoff must be between 0.5 and 50 Å, got {header.cutoff!r}"
@@ -167,6 +173,7 @@ def make_potential(header: StudentHeader) -> Potential:
         header.cutoff,
         references=header.references,
         energy_scale=header.energy_scale,
+        energy_bound=header.energy_bound,
     )
 
 
@@ -323,6 +330,7 @@ def _check_described(potential: Potential, header: StudentHeader) -> None:
         "references": potential.references,
         "cutoff": potential.cutoff,
         "energy_scale": potential.energy_scale,
+        "energy_bound": potential.energy_bound or None,
     }
     for name, value in described.items():
         if getattr(header, name) != value:

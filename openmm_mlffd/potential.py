@@ -20,6 +20,17 @@ SMALLEST_CORE = 0.7
 """Smallest such distance [Å]; for two hydrogens the share would be less."""
 
 
+def soft_bound(energies: Tensor, bound: float) -> Tensor:
+    """Energies as they are within ±bound [eV], and never beyond ±1.5 bound.
+
+    b + b/2 tanh((|e| - b) / (b/2)) beyond the bound: twice continuously differentiable.
+    """
+    width = 0.5 * bound
+    size = energies.abs()
+    beyond = bound + width * torch.tanh((size - bound) / width)
+    return torch.where(size < bound, energies, torch.sign(energies) * beyond)
+
+
 class Prediction(NamedTuple):
     """What a potential gives for a graph."""
 
@@ -42,7 +53,7 @@ class Prediction(NamedTuple):
 class Potential(nn.Module):
     """PaiNN plus ZBL repulsion plus a reference energy for each element.
 
-    E = Σ_i (reference[z_i] + energy_scale · PaiNN_i + ½ Σ_j ZBL_ij). Edge vectors are formed and
+    E = Σ_i (reference[z_i] + bounded(energy_scale · PaiNN_i) + ½ Σ_j ZBL_ij). Edge vectors are formed and
     energies and forces are summed in float64, whatever the precision of the network, so that
     neither a large box nor large reference energies cost accuracy.
 
@@ -58,6 +69,10 @@ class Potential(nn.Module):
         Reference energy of each element [eV]; zeros if None.
     energy_scale
         Energy [eV] of the network's unit.
+    energy_bound
+        The network's energy of an atom is bounded softly beyond this [eV], see `soft_bound`;
+        None for no bound. Larger than any energy of the training data, it keeps the network from
+        outweighing the repulsion in structures that are denser than any it knows.
 
     Notes
     -----
@@ -79,6 +94,7 @@ class Potential(nn.Module):
         *,
         references: list[float] | None = None,
         energy_scale: float = 1.0,
+        energy_bound: float | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -86,6 +102,7 @@ class Potential(nn.Module):
         self.numbers = list(numbers)
         self.cutoff = cutoff
         self.energy_scale = energy_scale
+        self.energy_bound = 0.0 if energy_bound is None else energy_bound
         self.references = references or [0.0] * len(numbers)
         core = [CORE * COVALENT_RADII[z] for z in numbers]
         self._core = torch.tensor(core, dtype=torch.float64, device="cpu")
@@ -136,7 +153,8 @@ class Potential(nn.Module):
             min=self.smallest_core
         )
         energies = self.network(graph.species, vectors, graph.edge_index, core)
-        return energies.to(torch.float64) * self.energy_scale
+        energies = energies.to(torch.float64) * self.energy_scale
+        return soft_bound(energies, self.energy_bound) if self.energy_bound > 0 else energies
 
     def repulsion_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """The repulsion's energy of each atom [eV], shape ``(n_atoms,)``, float64."""

@@ -1,11 +1,16 @@
-"""Reference energies of the elements, by least squares."""
+"""Energies that data fix without training: references of the elements, bound of the network."""
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from openmm_mlffd.potential import Potential, edge_vectors
-from openmm_mlffd.training.batches import StructureSource, make_batch
+from openmm_mlffd.training.batches import Batch, StructureSource, make_batch
+
+BOUND_MARGIN = 1.5
+"""How far beyond the validation data the network's energies are free."""
 
 
 def fit_references(
@@ -51,3 +56,16 @@ def fit_references(
             break
     solution = np.linalg.lstsq(np.concatenate(counts), np.concatenate(energies), rcond=1e-10)[0]
     return [float(e) for e in solution]
+
+
+@torch.no_grad()
+def measure_energy_bound(potential: Potential, batches: Iterable[Batch]) -> float:
+    """Bound of the network's energy of an atom [eV] that leaves structures like these alone.
+
+    `BOUND_MARGIN` times the largest size of that energy in the batches.
+    """
+    largest = max(
+        float(potential.learned_energies(b.graph, edge_vectors(b.graph)).abs().max())
+        for b in batches
+    )
+    return BOUND_MARGIN * largest

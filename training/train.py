@@ -7,6 +7,7 @@ import os
 import pickle
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from openmm_mlffd.training.config import ConfigError, OptimizerConfig, TrainConf
 from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset
 from openmm_mlffd.training.loss import loss_terms
-from openmm_mlffd.training.references import fit_references
+from openmm_mlffd.training.references import fit_references, measure_energy_bound
 
 log = logging.getLogger(__name__)
 
@@ -257,11 +258,9 @@ class Trainer:
         bar.set_postfix({"loss": f"{losses['total']:.4f}", "val": f"{self.progress.best:.1f}"})
 
     def _validate(self, board: SummaryWriter) -> None:
-        batches = (
-            make_batch(s, self.average, self.device)
-            for s in self.validation.batches(self.config.batch_atoms)
-        )
-        table = evaluate(self.average, batches, self.validation.subsets, self.device)
+        self.average.energy_bound = 0.0
+        subsets = self.validation.subsets
+        table = evaluate(self.average, self._validation_batches(), subsets, self.device)
         for key, value in table["all"].items():
             if key not in ("structures", "atoms") and math.isfinite(value):
                 board.add_scalar(f"validation/{key}", value, self.progress.step)
@@ -272,10 +271,22 @@ class Trainer:
         )
         if r["force_mae"] < self.progress.best:
             self.progress.best = r["force_mae"]
-            metrics = {"split": "val", "by_subset": _rounded(table)}
-            training = {"steps": self.progress.step, "config": _portable(self.config)}
-            values = asdict(self.header) | {"metrics": metrics, "training": training}
-            save_student(self.folder / STUDENT, self.average, StudentHeader(**values))
+            self._save_student({"split": "val", "by_subset": _rounded(table)})
+
+    def _validation_batches(self) -> Iterator[Batch]:
+        for structures in self.validation.batches(self.config.batch_atoms):
+            yield make_batch(structures, self.average, self.device)
+
+    def _save_student(self, metrics: dict[str, Any]) -> None:
+        bound = measure_energy_bound(self.average, self._validation_batches())
+        self.average.energy_bound = bound
+        new = {
+            "energy_bound": bound,
+            "metrics": metrics,
+            "training": {"steps": self.progress.step, "config": _portable(self.config)},
+        }
+        header = StudentHeader(**(asdict(self.header) | new))
+        save_student(self.folder / STUDENT, self.average, header)
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on; the old one stays until done."""

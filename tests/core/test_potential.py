@@ -7,7 +7,7 @@ import torch
 from scipy.integrate import cumulative_simpson
 
 from openmm_mlffd.graph import build_graph
-from openmm_mlffd.potential import Potential
+from openmm_mlffd.potential import Potential, edge_vectors, soft_bound
 
 # absolute tolerances, per atom and per force component
 ENERGY = {"double": 1e-9, "single": 1e-6}  # eV/atom
@@ -443,3 +443,32 @@ def test_species_are_places_in_the_list_of_elements(make_student):
 def test_number_of_no_element_is_refused(student, number):
     with pytest.raises(ValueError, match="does not know"):
         student.species(torch.tensor([1, number]))
+
+
+def test_bound_leaves_energies_within_and_limits_those_beyond():
+    energies = torch.linspace(-40.0, 40.0, 8001, dtype=torch.float64, requires_grad=True)
+    found = soft_bound(energies, 4.0)
+    (slope,) = torch.autograd.grad(found.sum(), energies, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), energies)
+    inside = energies.detach().abs() < 4.0
+    assert torch.equal(found[inside], energies[inside])
+    assert found.abs().max() <= 6.0
+    assert found[-1] > 5.999
+    assert slope.detach().diff().abs().max() < 0.01
+    assert curvature.diff().abs().max() < 0.02
+
+
+def test_bound_keeps_dense_structures_from_collapsing(student, ethanol):
+    potential = copy.deepcopy(student)
+    potential.energy_scale = 1e6  # a network that is far out of its depth
+    positions = torch.tensor(ethanol.positions)
+    graph = build_graph(
+        positions, potential.species(torch.tensor(ethanol.numbers)), cutoff=potential.cutoff
+    )
+    repulsion = potential.repulsion_energies(graph, edge_vectors(graph)).sum()
+    references = torch.tensor(potential.references)[graph.species].sum()
+    free = potential(graph).energy - repulsion - references
+    potential.energy_bound = 4.0
+    bounded = potential(graph).energy - repulsion - references
+    assert free.abs() > 100.0
+    assert bounded.abs() <= 6.0 * len(positions)

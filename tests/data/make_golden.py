@@ -37,6 +37,7 @@ def main() -> None:
         references=[-13.587222780835477, -1029.4130806556, -1484.9814983, -2041.8396282],
         cutoff=4.5,
         energy_scale=20.0,
+        energy_bound=2.0,
         teacher="none: random weights",
     )
     header = save_student(HERE / "golden_v1.safetensors", make_potential(header), header)
