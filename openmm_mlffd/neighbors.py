@@ -8,7 +8,7 @@ from torch import Tensor
 from openmm_mlffd.graph import Graph
 from openmm_mlffd.kernels import reference
 
-DEFAULT_SKIN = 0.5
+DEFAULT_SKIN = 1.0
 """Margin of the list [Å] where none is given."""
 
 
