@@ -46,8 +46,10 @@ class MLFFDCalculator(Calculator):
     Notes
     -----
     A copied, pickled or stored calculator holds the student's name, path and SHA-256, not its
-    weights. Charged or magnetic atoms (`atoms.info`, initial charges and magnetic moments) are
-    refused when a property is asked for: the student knows neutral closed-shell molecules only.
+    weights. Atoms that are said to be charged or magnetic (`atoms.info`, initial charges and
+    magnetic moments) are refused when a property is asked for: the student cannot be told of a
+    charge, it sees that of protonated and deprotonated groups from their hydrogens, and it knows
+    closed shells only.
     """
 
     name = "mlffd"
@@ -167,6 +169,7 @@ def _refuse_charge_and_spin(atoms: ase.Atoms) -> None:
         found = "there are initial magnetic moments"
     if found:
         raise ValueError(
-            f"{found}, but the student knows neutral closed-shell molecules only and would treat "
-            "these as neutral"
+            f"{found}, but the student can be told of neither charge nor spin: what is charged "
+            "follows from the atoms (an ammonium has one hydrogen more than an amine), and all "
+            "shells are closed. Check the protonation states, and leave this out"
         )

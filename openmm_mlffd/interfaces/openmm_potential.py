@@ -20,7 +20,6 @@ from openmm_mlffd.interfaces.openmm_force import VERSION, ComputationSettings, S
 from openmm_mlffd.interfaces.openmm_topology import (
     atomic_numbers,
     check_hydrogens,
-    check_neutral,
 )
 from openmm_mlffd.modelfile import PRECISIONS, ModelFileError, read_header
 
@@ -47,13 +46,14 @@ class _Options:
             )
         if new.charge is not None and new.charge != 0:
             raise ValueError(
-                f"charge={new.charge} was asked for, but the student knows nothing of charge: it "
-                "was made for neutral molecules and would treat these as neutral"
+                f"charge={new.charge} was asked for, but the student has no charge to set: what "
+                "is charged follows from the atoms (an ammonium has one hydrogen more than an "
+                "amine). Check the protonation states, and leave charge out"
             )
         if new.multiplicity is not None and new.multiplicity != 1:
             raise ValueError(
-                f"multiplicity={new.multiplicity} was asked for, but the student knows nothing of "
-                "spin: it was made for closed shells (multiplicity 1)"
+                f"multiplicity={new.multiplicity} was asked for, but the student knows closed "
+                "shells (multiplicity 1) only"
             )
         if new.device is not None:
             resolve_device(new.device)
@@ -81,8 +81,8 @@ class MLFFDPotentialImpl(MLPotentialImpl):
         any, else the CPU. A `PythonForce` is not told on which device its Context runs: where
         the Context has a `DeviceIndex`, give the same one here.
     charge, multiplicity
-        Only 0 and 1. Others are refused, since the student knows neutral closed-shell molecules
-        only. ``charge=0`` overrides formal charges in the Topology.
+        Only 0 and 1. Others are refused: the student cannot be told of a charge, it sees that of
+        protonated and deprotonated groups from their hydrogens, and it knows closed shells only.
     allowMissingHydrogens
         Accept molecules that have carbon but, against expectation, no hydrogens.
 
@@ -158,15 +158,13 @@ class MLFFDPotentialImpl(MLPotentialImpl):
             If a keyword is unknown.
         ValueError
             If there are no atoms, an atom has no element or one that the student does not know,
-            hydrogens are missing, the atoms are charged, or the value of a keyword cannot be met.
+            hydrogens are missing, or the value of a keyword cannot be met.
         """
         options = self._call_options(args, mixed=atoms is not None)
         indices = None if atoms is None else [int(i) for i in atoms]
         chosen = _chosen_atoms(topology, indices)
         known = [atomic_number(element) for element in read_header(self.student.locate()).elements]
         numbers = atomic_numbers(chosen, known)
-        if options.charge is None:
-            check_neutral(chosen)
         if not options.allowMissingHydrogens:
             check_hydrogens(topology, chosen)
         computation = StudentComputation(

@@ -45,23 +45,6 @@ def atomic_numbers(atoms: Sequence[Any], known: Sequence[int]) -> list[int]:
     return numbers
 
 
-def check_neutral(atoms: Sequence[Any]) -> None:
-    """Refuse atoms whose formal charges, where the Topology has any, do not add up to zero.
-
-    Raises
-    ------
-    ValueError
-        If the sum is not zero.
-    """
-    total = sum(getattr(atom, "formalCharge", None) or 0 for atom in atoms)
-    if total != 0:
-        raise ValueError(
-            f"the formal charges in the Topology add up to {total:+d}, and the student knows "
-            "neutral molecules only. If they are not all there, pass charge=0 to say that the "
-            "atoms are neutral together"
-        )
-
-
 def check_hydrogens(topology: Any, atoms: Sequence[Any]) -> None:
     """Refuse molecules whose hydrogens were forgotten.
 

@@ -281,7 +281,7 @@ def test_charge_and_spin_are_refused_even_after_a_calculation(molecule):
     energy = molecule.get_potential_energy()
     for key, value in [("charge", 1), ("charge", -2.0), ("spin", 2), ("multiplicity", 3)]:
         molecule.info[key] = value
-        with pytest.raises(ValueError, match=f"'{key}'.*neutral closed-shell"):
+        with pytest.raises(ValueError, match=f"'{key}'.*told of neither charge nor spin"):
             molecule.get_potential_energy()
         del molecule.info[key]
     molecule.set_initial_charges([1.0] + [0.0] * 8)

@@ -291,16 +291,6 @@ def test_a_periodic_system_with_a_topology_without_a_box_is_refused(model, force
         potential.createMixedSystem(topology, mm_system, dipeptide)
 
 
-def test_a_charge_elsewhere_in_the_system_is_no_hindrance(model, mm_system, potential):
-    topology, _, dipeptide = copy.deepcopy(model)
-    atoms = list(topology.atoms())
-    atoms[0].formalCharge = -1
-    potential.createMixedSystem(topology, mm_system, dipeptide)
-    atoms[dipeptide[0]].formalCharge = 1
-    with pytest.raises(ValueError, match=r"add up to \+1"):
-        potential.createMixedSystem(topology, mm_system, dipeptide)
-
-
 def test_broken_positions_are_named_by_their_index_in_the_system(
     model, mm_system, potential, make_context
 ):
