@@ -1,0 +1,184 @@
+"""Which module may import what. An import inside a function counts like any other."""
+
+import ast
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "openmm_mlffd": "openmm_mlffd",
+    "kernels": "openmm_mlffd.kernels",
+    "training": "openmm_mlffd.training",
+}
+
+# group: its modules, the groups that it may import, the libraries that it may import
+# "" is the package itself, for its version; the standard library is free for all but the first
+GROUPS: dict[str, tuple[str, str, str]] = {
+    "facts": ("units elements", "", ""),
+    "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
+    "physics": (
+        "graph neighbors painn potential radial repulsion",
+        "facts kernels physics",
+        "torch numpy",
+    ),
+    "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
+    "adapter": ("evaluator", "facts physics files", "torch numpy"),
+    "factory": ("interfaces.openmm_factory", "openmm", ""),
+    "openmm": (
+        "interfaces.openmm_*",
+        "facts files adapter openmm",
+        "numpy openmm openmmml",
+    ),
+    "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
+    "training": (
+        "training training.*",
+        "facts physics files adapter training",
+        "torch numpy h5py omegaconf yaml tqdm",
+    ),
+    "validation": (
+        "validation validation.*",
+        "facts files adapter validation",
+        "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
+    ),
+    "empty": ("interfaces students", "", ""),
+    "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
+    "cli": ("cli", "package facts files adapter training validation", "typer"),
+}
+
+# libraries that are imported in these modules and nowhere else, however deep the call
+ONLY_IN = {
+    "openmm": "interfaces.openmm_potential validation.*",
+    "openmmml": "interfaces.openmm_potential validation.*",
+    "ase": "interfaces.ase_calculator validation.*",
+    "h5py": "training.hdf5 training.starter",
+    "omegaconf": "training.config",
+    "mdtraj": "validation.*",
+    "matplotlib": "validation.*",
+    "typer": "cli",
+}
+
+
+class Import(NamedTuple):
+    """An import statement: who, what, and whether it runs when the module is imported."""
+
+    module: str
+    target: str
+    at_import: bool
+
+
+def modules():
+    """Name within the package and file of every module."""
+    for folder, package in FOLDERS.items():
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            parts = [package, *file.relative_to(ROOT / folder).with_suffix("").parts]
+            name = ".".join(parts).removesuffix(".__init__").removeprefix("openmm_mlffd")
+            yield name.removeprefix("."), file
+
+
+def imports_of(name, source):
+    def visit(node, at_import):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(name, alias.name, at_import)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: imports are absolute"
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield Import(name, whole if whole in MODULES else str(node.module), at_import)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            at_import = False
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            at_import = False
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_import)
+
+    return list(visit(ast.parse(source), True))
+
+
+MODULES = {f"openmm_mlffd.{name}".removesuffix("."): file for name, file in modules()}
+IMPORTS = [i for name, file in modules() for i in imports_of(name, file.read_text())]
+
+
+def matches(name, patterns):
+    return any(
+        name.startswith(p.removesuffix("*")) if p.endswith("*") else name == p
+        for p in patterns.split(" ")
+    )
+
+
+def group_of(name):
+    found = [group for group, (members, *_) in GROUPS.items() if matches(name, members)]
+    assert found, f"{name} belongs to no group: give it a place in the table"
+    return found[0]
+
+
+def own(target):
+    return target == "openmm_mlffd" or target.startswith("openmm_mlffd.")
+
+
+def forbidden(imports):
+    """Imports that the table does not allow, as text."""
+    for module, target, at_import in imports:
+        group = group_of(module)
+        _, groups, libraries = GROUPS[group]
+        top = target.split(".")[0]
+        if own(target):
+            other = group_of(target.removeprefix("openmm_mlffd").removeprefix("."))
+            if other not in groups.split(" "):
+                yield f"{module} ({group}) imports {target} ({other})"
+        elif top in EXTERNAL:
+            if top not in libraries.split(" "):
+                yield f"{module} ({group}) imports {target}"
+            if top in ONLY_IN and not matches(module, ONLY_IN[top]):
+                yield f"{module} imports {top}, which only {ONLY_IN[top]} may"
+        elif group == "factory" or (group == "facts" and target != "typing"):
+            yield f"{module} imports {target}, but should import nothing"
+        if group in ("cli", "factory") and at_import and own(target) and target != "openmm_mlffd":
+            yield f"{module} imports {target} before it is needed"
+
+
+# what is neither the standard library's nor ours
+EXTERNAL = {
+    i.target.split(".")[0] for i in IMPORTS if i.target.split(".")[0] not in sys.stdlib_module_names
+} - {"openmm_mlffd"}
+
+
+def test_every_module_has_a_place_in_the_table():
+    assert len(MODULES) > 25
+    for name, _ in modules():
+        group_of(name)
+
+
+def test_no_module_imports_what_the_table_forbids():
+    assert not list(forbidden(IMPORTS))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("units", "import math"),
+        ("elements", "from openmm_mlffd import units"),
+        ("kernels.reference", "from openmm_mlffd.graph import Graph"),
+        ("radial", "import h5py"),
+        ("potential", "from openmm_mlffd.modelfile import load_student"),
+        ("modelfile", "from openmm_mlffd.training import hdf5"),
+        ("training.train", "from openmm_mlffd.interfaces.ase_calculator import MLFFDCalculator"),
+        ("training.train", "import h5py"),
+        ("evaluator", "def f():\n    import openmm"),
+        ("interfaces.ase_calculator", "from openmm_mlffd.interfaces import openmm_force"),
+        ("interfaces.openmm_force", "import openmm"),
+        ("interfaces.openmm_factory", "import os"),
+        ("interfaces.openmm_factory", "from openmm_mlffd.interfaces import openmm_potential"),
+        ("cli", "from openmm_mlffd.training.train import Trainer"),
+    ],
+)
+def test_import_that_crosses_layers_is_noticed(module, line):
+    assert list(forbidden(imports_of(module, line)))
+
+
+def test_import_of_a_layer_below_is_allowed():
+    lines = "from openmm_mlffd.graph import Graph\nimport math, torch\nimport torch.nn"
+    assert not list(forbidden(imports_of("potential", lines)))
