@@ -259,7 +259,7 @@ def test_keywords_reach_the_student_through_the_embedding(model, mm_system, pote
             potential.createMixedSystem(
                 topology, mm_system, dipeptide, interpolate=interpolate, precison="single"
             )
-        with pytest.raises(ValueError, match="knows nothing of charge"):
+        with pytest.raises(ValueError, match="no charge to set"):
             potential.createMixedSystem(
                 topology, mm_system, dipeptide, interpolate=interpolate, charge=1
             )
