@@ -131,6 +131,37 @@ def info(
     typer.echo(json.dumps(asdict(load_student(model).header), indent=1, ensure_ascii=False))
 
 
+@app.command()
+def nve(
+    structure: Annotated[Path, typer.Argument(help="PDB or SDF file, with hydrogens.")],
+    model: Annotated[str | None, typer.Option(help="Bundled name or path of a student.")] = None,
+    picoseconds: Annotated[float, typer.Option(help="Length of each run [ps].")] = 20.0,
+    timestep: Annotated[
+        list[float] | None, typer.Option(help="Time step [fs], repeatable; 0.5 and 1 by default.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    precision: Annotated[str, typer.Option(help="single or double.")] = "double",
+    seed: Annotated[int, typer.Option(help="Seed of the start.")] = 1,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers.")] = None,
+) -> None:
+    """Is energy conserved? Runs at constant energy in OpenMM; exit code 1 if not."""
+    from openmm_mlffd.validation.command import run_nve_command
+
+    passed = run_nve_command(
+        structure,
+        model=model,
+        picoseconds=picoseconds,
+        timesteps=timestep or [0.5, 1.0],
+        temperature=temperature,
+        precision=precision,
+        seed=seed,
+        output=output,
+        echo=typer.echo,
+    )
+    if not passed:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one line, others a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

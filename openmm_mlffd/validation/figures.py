@@ -1,0 +1,203 @@
+"""Figures of a validation report, as SVG text. Uses no global state of Matplotlib."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from openmm_mlffd.validation.analysis import Dihedrals, RadialDistribution
+from openmm_mlffd.validation.conservation import EnergyTrace
+
+# Okabe and Ito: told apart with any colour vision; darkest first
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
+GREY = "#767676"
+
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.edgecolor": "#444444",
+    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "lines.linewidth": 1.1,
+    "legend.frameon": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "mlffd",  # the same figure is the same text
+}
+
+
+class _Canvas:
+    """Axes side by side, and the SVG of them."""
+
+    def __init__(self, n_columns: int, width: float, height: float) -> None:
+        self.figure = Figure(figsize=(width * n_columns, height), layout="constrained")
+        self.axes: list[Axes] = [
+            self.figure.add_subplot(1, n_columns, i + 1) for i in range(n_columns)
+        ]
+
+    def svg(self) -> str:
+        text = io.StringIO()
+        self.figure.savefig(text, format="svg", metadata={"Date": None})
+        return text.getvalue()
+
+
+@contextmanager
+def _axes(n_columns: int = 1, *, width: float = 3.6, height: float = 2.7) -> Iterator[_Canvas]:
+    with matplotlib.rc_context(_STYLE):
+        yield _Canvas(n_columns, width, height)
+
+
+def draw_energies(traces: Sequence[EnergyTrace]) -> str:
+    """Energies of constant-energy runs from one start.
+
+    On the left potential, kinetic and total energy of the run with the smallest time step, on
+    the right the total energies of all, magnified.
+
+    Parameters
+    ----------
+    traces
+        The runs, smallest time step first.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    with _axes(2) as canvas:
+        exchange, total = canvas.axes
+        finest = traces[0]
+        energies = {
+            "potential": finest.potential,
+            "kinetic": finest.kinetic,
+            "total": finest.total,
+        }
+        for label, values in energies.items():
+            change = 1e3 * (values - values[0]) / finest.n_atoms
+            exchange.plot(finest.time, change, label=label)
+        exchange.set_ylabel("change of energy [meV/atom]")
+        exchange.set_title(f"exchange at {finest.timestep:g} fs", loc="left")
+        for trace in reversed(traces):
+            change = 1e3 * (trace.total - trace.total[0]) / trace.n_atoms
+            total.plot(trace.time, change, label=f"{trace.timestep:g} fs")
+        total.set_ylabel("change of total energy [meV/atom]")
+        total.set_title("total energy, magnified", loc="left")
+        for axes in canvas.axes:
+            axes.set_xlabel("time [ps]")
+            axes.set_xlim(0, finest.time[-1])
+            _legend_above(axes)
+        return canvas.svg()
+
+
+def draw_series(
+    time: NDArray[np.float64],
+    values: Mapping[str, NDArray[np.float64]],
+    ylabel: str,
+    *,
+    target: float | None = None,
+    target_label: str = "target",
+) -> str:
+    """Quantities along time.
+
+    Parameters
+    ----------
+    time
+        [ps], shape ``(n,)``.
+    values
+        Label to values, shape ``(n,)`` each.
+    ylabel
+        Name and unit of the quantity.
+    target
+        Where a dashed line is drawn.
+    target_label
+        What the dashed line is.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    with _axes(width=4.2) as canvas:
+        (axes,) = canvas.axes
+        for label, series in values.items():
+            axes.plot(time, series, label=label)
+        if target is not None:
+            axes.axhline(target, color=GREY, linestyle="--", linewidth=0.9, label=target_label)
+        axes.set_xlabel("time [ps]")
+        axes.set_ylabel(ylabel)
+        axes.set_xlim(time[0], time[-1])
+        if len(values) > 1 or target is not None:
+            _legend_above(axes)
+        return canvas.svg()
+
+
+def draw_ramachandran(dihedrals: Dihedrals) -> str:
+    """Backbone dihedral angles, coloured by time.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    with _axes(width=4.2, height=3.4) as canvas:
+        (axes,) = canvas.axes
+        n_frames, n_residues = dihedrals.phi.shape
+        frame = np.repeat(np.arange(n_frames), n_residues)
+        points = axes.scatter(
+            dihedrals.phi.ravel(), dihedrals.psi.ravel(), c=frame / max(1, n_frames - 1), s=7,
+            cmap="viridis", linewidths=0,
+        )  # fmt: skip
+        for name, phi, psi in (("C5", -155, 155), ("C7eq", -83, 75), ("αR", -75, -45)):
+            axes.annotate(name, (phi, psi), color=GREY, ha="center", va="center", fontsize=8)
+        axes.set_xlabel("φ [degrees]")
+        axes.set_ylabel("ψ [degrees]")
+        ticks = np.arange(-180, 181, 60)
+        axes.set(xlim=(-180, 180), ylim=(-180, 180), xticks=ticks, yticks=ticks, aspect="equal")
+        bar = canvas.figure.colorbar(points, ax=axes, ticks=[0, 1], label="time")
+        bar.ax.set_yticklabels(["start", "end"])
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        return canvas.svg()
+
+
+def draw_radial(
+    curves: Mapping[str, RadialDistribution], *, marks: Mapping[str, float] | None = None
+) -> str:
+    """Radial distribution functions.
+
+    Parameters
+    ----------
+    curves
+        Label to function.
+    marks
+        Label to a distance [Å] that is marked by a dashed line.
+
+    Returns
+    -------
+    str
+        SVG.
+    """
+    with _axes(width=4.2) as canvas:
+        (axes,) = canvas.axes
+        axes.axhline(1.0, color=GREY, linewidth=0.6)
+        for label, curve in curves.items():
+            axes.plot(curve.r, curve.g, label=label)
+        for label, distance in (marks or {}).items():
+            axes.axvline(distance, color=GREY, linestyle="--", linewidth=0.9, label=label)
+        axes.set_xlabel("distance [Å]")
+        axes.set_ylabel("g(r)")
+        axes.set_xlim(left=min(2.0, min(float(c.r[np.argmax(c.g > 0)]) for c in curves.values())))
+        axes.set_ylim(bottom=0)
+        _legend_above(axes)
+        return canvas.svg()
+
+
+def _legend_above(axes: Axes) -> None:
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 1.1 if axes.get_title("left") else 1.0), ncols=4,
+        columnspacing=1.2, handlelength=1.4, borderaxespad=0.2,
+    )  # fmt: skip
