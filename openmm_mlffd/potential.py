@@ -53,9 +53,10 @@ class Prediction(NamedTuple):
 class Potential(nn.Module):
     """PaiNN plus ZBL repulsion plus a reference energy for each element.
 
-    E = Σ_i (reference[z_i] + bounded(energy_scale · PaiNN_i) + ½ Σ_j ZBL_ij). Edge vectors are formed and
-    energies and forces are summed in float64, whatever the precision of the network, so that
-    neither a large box nor large reference energies cost accuracy.
+    E = Σ_i (reference[z_i] + bounded(energy_scale · PaiNN_i) + ½ Σ_j ZBL_ij).
+
+    Edge vectors are formed and energies and forces are summed in float64, whatever the precision
+    of the network, so that neither a large box nor large reference energies cost accuracy.
 
     Parameters
     ----------
