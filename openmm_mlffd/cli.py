@@ -64,6 +64,59 @@ def data_info(file: Annotated[Path, typer.Argument(help="Dataset file.")]) -> No
 
 
 @app.command()
+def label(
+    structures: Annotated[
+        Path, typer.Argument(help="Dataset (.h5), SDF with hydrogens, or a file that ASE reads.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for shards and dataset.")],
+    teacher: Annotated[
+        str, typer.Option(help="so3lr, so3lr-stock, gfn2-xtb or ase:package.module:factory.")
+    ],
+    teacher_python: Annotated[
+        str | None, typer.Option(help="Python that has the teacher; this one by default.")
+    ] = None,
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
+    ] = None,
+    charge: Annotated[
+        int, typer.Option(help="Total charge [e] of structures of which the file does not say it.")
+    ] = 0,
+    max_force: Annotated[float, typer.Option(help="Larger forces [eV/Å] are failures.")] = 100.0,
+    max_net_force: Annotated[
+        float, typer.Option(help="Larger sums of forces [eV/Å] are failures.")
+    ] = 0.1,
+    batch_atoms: Annotated[
+        int | None, typer.Option(help="Atoms given to the teacher at a time.")
+    ] = None,
+    shard_size: Annotated[int, typer.Option(help="Structures per shard, at most 1000.")] = 1000,
+    timeout: Annotated[float, typer.Option(help="Longest time for a batch [s].")] = 600.0,
+) -> None:
+    """Label structures with a teacher; goes on where it stopped."""
+    from openmm_mlffd.training.label import Limits, TeacherChoice, format_summary
+    from openmm_mlffd.training.label import label as run
+    from openmm_mlffd.training.sources import open_source
+    from openmm_mlffd.training.teachers import parse_options
+
+    choice = TeacherChoice(
+        name=teacher,
+        options=parse_options(teacher_option or []),
+        python=teacher_python,
+        timeout=timeout,
+        batch_atoms=batch_atoms,
+    )
+    summary = run(
+        open_source(structures, charge=charge),
+        output,
+        choice,
+        limits=Limits(max_force=max_force, max_net_force=max_net_force),
+        shard_size=shard_size,
+    )
+    typer.echo(format_summary(summary))
+    if summary.dataset is None:
+        raise typer.Exit(1)
+
+
+@app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see training/configs.")],
     overrides: Annotated[

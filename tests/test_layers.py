@@ -33,9 +33,16 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "numpy openmm openmmml",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
+    # of processes of their own: teachers run where nothing of this project is installed
+    "teachers": (
+        "training.teacher_worker training.so3lr",
+        "",
+        "numpy torch ase matscipy so3krates_torch",
+    ),
+    "sources": ("training.sources", "training", "numpy ase rdkit"),
     "training": (
         "training training.*",
-        "facts physics files adapter training",
+        "facts physics files adapter training sources teachers",
         "torch numpy h5py omegaconf yaml tqdm",
     ),
     "validation": (
@@ -45,14 +52,17 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "empty": ("interfaces students", "", ""),
     "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
-    "cli": ("cli", "package facts files adapter training validation", "typer"),
+    "cli": ("cli", "package facts files adapter training sources validation", "typer"),
 }
 
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
     "openmm": "interfaces.openmm_potential validation.*",
     "openmmml": "interfaces.openmm_potential validation.*",
-    "ase": "interfaces.ase_calculator validation.*",
+    "ase": "interfaces.ase_calculator validation.* training.sources training.teacher_worker",
+    "rdkit": "validation.* training.sources",
+    "so3krates_torch": "training.so3lr",
+    "matscipy": "training.so3lr",
     "h5py": "training.hdf5 training.starter",
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
@@ -167,6 +177,8 @@ def test_no_module_imports_what_the_table_forbids():
         ("modelfile", "from openmm_mlffd.training import hdf5"),
         ("training.train", "from openmm_mlffd.interfaces.ase_calculator import MLFFDCalculator"),
         ("training.train", "import h5py"),
+        ("training.label", "from openmm_mlffd.training.so3lr import So3lr\nimport so3krates_torch"),
+        ("training.teacher_worker", "from openmm_mlffd import units"),
         ("evaluator", "def f():\n    import openmm"),
         ("interfaces.ase_calculator", "from openmm_mlffd.interfaces import openmm_force"),
         ("interfaces.openmm_force", "import openmm"),
