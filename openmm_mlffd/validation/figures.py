@@ -3,9 +3,11 @@
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -17,14 +19,14 @@ from openmm_mlffd.validation.conservation import EnergyTrace
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 GREY = "#767676"
 
-_STYLE = {
+_STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.linewidth": 0.8,
     "axes.edgecolor": "#444444",
-    "axes.prop_cycle": matplotlib.cycler(color=COLORS),
+    "axes.prop_cycle": cycler(color=COLORS),
     "lines.linewidth": 1.1,
     "legend.frameon": False,
     "svg.fonttype": "path",
@@ -160,7 +162,7 @@ def draw_ramachandran(dihedrals: Dihedrals) -> str:
         axes.set(xlim=(-180, 180), ylim=(-180, 180), xticks=ticks, yticks=ticks, aspect="equal")
         bar = canvas.figure.colorbar(points, ax=axes, ticks=[0, 1], label="time")
         bar.ax.set_yticklabels(["start", "end"])
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         return canvas.svg()
 
 

@@ -256,7 +256,7 @@ def run_nve(
     particles = range(system.getNumParticles())
     return EnergyTrace(
         timestep=timestep,
-        time=np.arange(len(energies)) * every * timestep * 1e-3,
+        time=np.arange(len(energies), dtype=np.float64) * (every * timestep * 1e-3),
         potential=potential,
         kinetic=kinetic,
         shadow=shadow,
