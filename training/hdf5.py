@@ -1,6 +1,7 @@
 """The dataset file, schema version 1 (documented in docs/dataset.md): reader and writer."""
 
 import hashlib
+import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -132,10 +133,34 @@ class SplitRule:
         return SPLITS.index("val" if x < self.test + self.val else "train")
 
 
+class _Stream(io.FileIO):
+    """A file that notes that it cannot be written; HDF5 crashes when it is told of a full disk."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
+        length = len(rest)
+        try:
+            while self.error is None and len(rest):
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.error = error
+        return length
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+
 class DatasetWriter:
     """Writes a dataset file, block by block; use as a context manager.
 
-    The file has a temporary name until the manager is left without an exception.
+    The file has a temporary name until the manager is left without an exception, and all of it
+    is on the disk.
 
     Parameters
     ----------
@@ -152,6 +177,8 @@ class DatasetWriter:
     ------
     FileExistsError
         If the file is there already.
+    OSError
+        If it cannot be written: of every method, and of leaving the manager.
     """
 
     def __init__(
@@ -164,7 +191,8 @@ class DatasetWriter:
         if self._path.exists():
             raise FileExistsError(f"{self._path} exists; remove it or choose another name")
         self._temporary = self._path.with_name(self._path.name + ".tmp")
-        self._file = h5py.File(self._temporary, "w")
+        self._stream = _Stream(self._temporary, "w+")
+        self._file = h5py.File(self._stream, "w")
         self._file.attrs.update(
             {
                 "format": FORMAT,
@@ -220,6 +248,11 @@ class DatasetWriter:
         start = offsets.shape[0]
         offsets.resize(start + n, axis=0)
         offsets[start:] = first + structures.offsets[1:]
+        self._raise_if_full()
+
+    def _raise_if_full(self) -> None:
+        if self._stream.error is not None:
+            raise self._stream.error
 
     def _check(self, structures: Structures, n: int) -> None:
         offsets = structures.offsets
@@ -262,8 +295,12 @@ class DatasetWriter:
                 self._file.create_dataset("group_names", data=names, compression="gzip")
             self._file.close()
             if kind is None:
+                self._raise_if_full()
+                os.fsync(self._stream.fileno())
+                self._stream.close()
                 os.replace(self._temporary, self._path)
         finally:
+            self._stream.close()
             self._temporary.unlink(missing_ok=True)
 
 

@@ -190,6 +190,8 @@ def read_sdf(path: Path) -> list[Frame]:
     """
     from rdkit import Chem
 
+    if not path.stat().st_size:
+        raise SourceError(f"{path}: is empty")
     frames = []
     # by default the supplier removes even the hydrogens that are in the file
     with Chem.SDMolSupplier(str(path), removeHs=False) as supplier:

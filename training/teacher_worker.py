@@ -105,13 +105,7 @@ def insert(labels: Labels, part: Labels, batch: Batch, structures: np.ndarray) -
 
 
 def send(stream: IO[bytes], **arrays: Any) -> None:
-    """Write a message; strings are sent as arrays of characters.
-
-    Raises
-    ------
-    TypeError
-        If an array could only be sent as a pickle.
-    """
+    """Write a message; objects are sent as their text, never as pickles."""
     values = {k: np.asarray(v) for k, v in arrays.items()}
     values = {k: v.astype(str) if v.dtype == object else v for k, v in values.items()}
     buffer = io.BytesIO()

@@ -160,6 +160,7 @@ class WorkerTeacher:
                 start_new_session=True,  # Ctrl-C is for us, who then end it
             )
         except OSError as error:
+            self.close()
             raise TeacherError(f"{self._python}: cannot be started ({error})") from error
         try:
             hello = self._exchange(teacher=self.name, options=json.dumps(self._options))

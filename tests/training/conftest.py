@@ -1,6 +1,7 @@
 """Small data sets with labels of known origin."""
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -138,3 +139,19 @@ def morse_config(morse_file, tmp_path) -> Callable[..., TrainConfig]:
         return TrainConfig(**settings | changes)
 
     return make
+
+
+@pytest.fixture
+def toy_path(monkeypatch) -> str:
+    """Name of the teacher in toy_calculator.py, which the processes of teachers now find."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    return "ase:toy_calculator:Toy"
+
+
+@pytest.fixture(scope="session")
+def teacher_python() -> str:
+    """Python that has So3krates-torch and tblite."""
+    path = os.environ.get("MLFFD_TEACHER_PYTHON")
+    if not path:
+        pytest.skip("MLFFD_TEACHER_PYTHON names no Python with So3krates-torch and tblite")
+    return path
