@@ -300,11 +300,14 @@ class Trainer:
             "progress": asdict(self.progress),
         }
         temporary = self.folder / (CHECKPOINT + ".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / CHECKPOINT)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.folder / CHECKPOINT)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _load_checkpoint(self) -> None:
         path = self.folder / CHECKPOINT

@@ -193,6 +193,8 @@ def test_safetensors_of_another_program_is_refused(tmp_path):
         ({"elements": ["H", "C", "N", "Xx"]}, "no chemical element has the symbol 'Xx'"),
         ({"elements": ["H", "C", "N", "H"]}, "an element is listed twice"),
         ({"energy_scale": float("inf")}, "must be finite numbers, got inf"),
+        ({"energy_bound": 0.0}, "the energy bound must be positive, got 0.0"),
+        ({"energy_bound": "3"}, "the energy bound must be positive, got '3'"),
     ],
 )
 def test_header_that_makes_no_sense_is_refused(student_file, change, message):

@@ -7,6 +7,7 @@ import torch
 from scipy.integrate import cumulative_simpson
 
 from openmm_mlffd.graph import build_graph
+from openmm_mlffd.modelfile import make_potential
 from openmm_mlffd.potential import Potential, edge_vectors, soft_bound
 
 # absolute tolerances, per atom and per force component
@@ -427,6 +428,12 @@ def test_script_gives_what_the_potential_gives(
 
 
 # elements
+
+
+def test_without_references_atoms_have_none(make_header):
+    potential = Potential(make_potential(make_header()).network, [1, 6, 7, 8], 4.0)
+    assert potential.references == [0.0] * 4
+    assert potential.energy_scale == 1.0
 
 
 def test_unknown_element_is_named_with_its_atom_and_what_is_known(student):

@@ -3,6 +3,7 @@ import logging
 import math
 import os
 import pickle
+import resource
 import shutil
 import signal
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.training.batches import make_batch
@@ -253,6 +255,38 @@ def test_checkpoint_holds_nothing_that_needs_trust(morse_config, tmp_path):
     assert state["progress"]["step"] == 1
     assert pickle.dumps(state["config"])
     assert not (tmp_path / "run" / "checkpoint.pt.tmp").exists()
+
+
+def test_full_disk_leaves_the_old_checkpoint(morse_config, tmp_path):
+    trainer = Trainer(morse_config(max_minutes=0.0))
+    trainer.run()
+    file = tmp_path / "run" / "checkpoint.pt"
+    before = file.read_bytes()
+    trainer.progress.step = 99
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            trainer.save_checkpoint()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.read_bytes() == before
+    assert not file.with_name("checkpoint.pt.tmp").exists()
+
+
+def test_losses_and_errors_can_be_followed_in_tensorboard(morse_config, tmp_path):
+    trainer = Trainer(morse_config(epochs=8, validate_every=30))
+    trainer.run()
+    assert trainer.progress.step > 50
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    assert {"loss/total", "loss/forces", "learning_rate", "validation/force_mae"} <= tags
+    found = [s.value for s in board.Scalars("validation/force_mae")]
+    assert min(found) == pytest.approx(trainer.progress.best, rel=1e-5)
+    assert [s.step for s in board.Scalars("validation/force_mae")][:2] == [30, 60]
 
 
 # starting from a student
