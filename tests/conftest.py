@@ -79,13 +79,16 @@ def predict() -> Callable[..., Prediction]:
     def evaluate(potential: Potential, *systems: System) -> Prediction:
         numbers, positions, cells = zip(*systems, strict=True)
         counts = torch.tensor([len(n) for n in numbers])
+        device = next(potential.parameters()).device
         graph = build_graph(
-            torch.tensor(np.concatenate(positions)),
-            potential.species(torch.tensor(np.concatenate(numbers))),
+            torch.tensor(np.concatenate(positions), device=device),
+            potential.species(torch.tensor(np.concatenate(numbers), device=device)),
             cutoff=potential.cutoff,
-            cell=torch.tensor(np.stack([np.zeros((3, 3)) if c is None else c for c in cells])),
-            pbc=torch.tensor([[c is not None] * 3 for c in cells]),
-            system=torch.repeat_interleave(torch.arange(len(systems)), counts),
+            cell=torch.tensor(
+                np.stack([np.zeros((3, 3)) if c is None else c for c in cells]), device=device
+            ),
+            pbc=torch.tensor([[c is not None] * 3 for c in cells], device=device),
+            system=torch.repeat_interleave(torch.arange(len(systems)), counts).to(device),
         )
         return potential(graph)
 

@@ -397,6 +397,16 @@ def test_no_cast_rounds_the_reference_energies(make_student, predict, cast):
     assert predict(student, lone).energy.item() == REFERENCES[3]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_gives_what_the_cpu_gives(potential, precision, predict, ethanol, box):
+    on_cpu = predict(potential, ethanol, box)
+    on_gpu = predict(copy.deepcopy(potential).to("cuda"), ethanol, box)
+    for ours, theirs in zip(on_gpu, on_cpu, strict=True):
+        assert ours.is_cuda
+        torch.testing.assert_close(ours.cpu(), theirs, atol=10 * FORCE[precision], rtol=0)
+
+
 def test_evaluation_leaves_its_inputs_and_torch_as_they_were(student, ethanol):
     graph = build_graph(
         torch.tensor(ethanol.positions), student.species(torch.tensor(ethanol.numbers)), cutoff=4.0

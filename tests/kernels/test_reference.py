@@ -139,6 +139,25 @@ def test_batch_has_the_neighbors_of_its_systems(dtype):
         assert found == edges_by_ase(positions, cell, pbc, 3.0)
 
 
+def test_more_atoms_than_are_searched_at_a_time_have_all_their_neighbors():
+    # 2,197 bins around each atom: 238 atoms at a time
+    n, edge = 300, 1.1
+    positions = torch.tensor(np.random.default_rng(0).uniform(0, 1, (n, 3)))
+    edge_index, shift = neighbor_list(
+        positions,
+        torch.arange(n),
+        (edge * torch.eye(3, dtype=torch.float64)).expand(n, 3, 3),
+        torch.ones(n, 3, dtype=torch.bool),
+        cutoff=6 * edge - 0.1,
+    )
+    steps = np.array(list(itertools.product(range(-6, 7), repeat=3)))
+    lengths = edge * np.linalg.norm(steps, axis=1)
+    expected = ((lengths > 0) & (lengths < 6 * edge - 0.1)).sum()
+    assert torch.equal(edge_index[0], torch.arange(n).repeat_interleave(int(expected)))
+    assert torch.equal(edge_index[0], edge_index[1])
+    assert shift.abs().amax(0).tolist() == [5, 5, 5]
+
+
 def test_moving_atoms_by_box_vectors_changes_only_the_shifts(box):
     rng = np.random.default_rng(5)
     moves = rng.integers(-3, 4, (len(box.numbers), 3))
