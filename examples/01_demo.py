@@ -69,7 +69,7 @@ class Plan:
     frame: float  # between frames of the trajectory
     minimization: int = 200  # iterations at most
     constant_pressure: bool = False
-    threads: int = 1  # of PyTorch; on small molecules they would only wait for one another
+    threads: int = 1  # of PyTorch; more would mostly wait for one another, worst on a busy machine
 
     @property
     def ensemble(self) -> str:
@@ -80,7 +80,7 @@ DIPEPTIDE = Plan("alanine dipeptide", "alanine-dipeptide.pdb", langevin=4.0, nve
 DRUG = Plan("pramipexole", "pramipexole.sdf", langevin=1.0, nve=2.0, frame=0.01)
 WATER = Plan(
     "water", "water-64.pdb", langevin=0.6, nve=0.05, frame=0.005, minimization=20,
-    constant_pressure=True, threads=os.cpu_count() or 1,
+    constant_pressure=True,
 )  # fmt: skip
 
 
