@@ -213,7 +213,9 @@ def test_options_are_json_where_they_can_be():
 def test_so3lr_gives_the_labels_of_the_sample(teacher_python, data_folder):
     with Dataset(data_folder / "sample.h5") as dataset:
         subset = np.array(dataset.subsets)[dataset.subset]
-        chosen = np.concatenate([np.flatnonzero(subset == s)[:3] for s in np.unique(subset)])
+        parts = [np.flatnonzero(subset == s)[:3] for s in np.unique(subset)]
+        charged = np.flatnonzero(dataset.read(0, len(dataset)).total_charge)[:3]
+        chosen = np.concatenate([*parts, charged])
         said = dataset.teacher
     batch, stored = from_dataset(data_folder / "sample.h5", chosen)
     assert batch.pbc.any()
@@ -262,7 +264,7 @@ def test_stock_so3lr_is_its_own_calculator_but_for_a_constant(
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     with WorkerTeacher("so3lr-stock", python=teacher_python) as teacher:
         labels = teacher.label(batch)
-    shift = -163.6181213551537  # eV per atom, whatever the element
+    shift = -163.6181182861328  # eV per atom, whatever the element
     with np.load(tmp_path / "out.npz") as own:
         ours = labels.energy + shift * np.diff(batch.offsets)
         np.testing.assert_allclose(ours, own["energy"], rtol=0, atol=1e-6)
@@ -284,7 +286,7 @@ WATER = [[-1.5210, -0.1176, 0.0], [-1.9228, 0.7518, 0.0], [-0.5778, 0.0486, 0.0]
 def test_so3lr_binds_the_water_dimer_as_with_all_pairs(teacher_python):
     batch = make_batch(([8, 1, 1, 8, 1, 1], WATER_DIMER), ([8, 1, 1], WATER))
     kcal = KJ_PER_MOL_PER_EV / KJ_PER_KCAL
-    for name, binding in (("so3lr", 5.56), ("so3lr-stock", 7.16)):
+    for name, binding in (("so3lr", 5.56), ("so3lr-stock", 7.29)):
         with WorkerTeacher(name, python=teacher_python) as teacher:
             labels = teacher.label(batch)
         found = (2 * labels.energy[1] - labels.energy[0]) * kcal
