@@ -22,6 +22,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+# Threads that spin while they wait for one another starve on a busy machine. Before PyTorch starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import mdtraj
 import numpy as np
 import openmm
@@ -69,18 +72,18 @@ class Plan:
     frame: float  # between frames of the trajectory
     minimization: int = 200  # iterations at most
     constant_pressure: bool = False
-    threads: int = 1  # of PyTorch; more would mostly wait for one another, worst on a busy machine
+    threads: int = 1  # of PyTorch; on small molecules more would mostly wait for one another
 
     @property
     def ensemble(self) -> str:
         return "NPT" if self.constant_pressure else "NVT"
 
 
-DIPEPTIDE = Plan("alanine dipeptide", "alanine-dipeptide.pdb", langevin=4.0, nve=2.0, frame=0.01)
-DRUG = Plan("pramipexole", "pramipexole.sdf", langevin=1.0, nve=2.0, frame=0.01)
+DIPEPTIDE = Plan("alanine dipeptide", "alanine-dipeptide.pdb", langevin=3.0, nve=1.5, frame=0.01)
+DRUG = Plan("pramipexole", "pramipexole.sdf", langevin=1.0, nve=1.0, frame=0.01)
 WATER = Plan(
-    "water", "water-64.pdb", langevin=0.6, nve=0.05, frame=0.005, minimization=20,
-    constant_pressure=True,
+    "water", "water-64.pdb", langevin=0.5, nve=0.05, frame=0.005, minimization=20,
+    constant_pressure=True, threads=os.cpu_count() or 1,
 )  # fmt: skip
 
 

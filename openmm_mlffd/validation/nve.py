@@ -294,25 +294,34 @@ def measure_nve(
     platform
         As for `run_nve`.
     progress
-        Told how far each run is.
+        Told how far all runs together are.
 
     Returns
     -------
     NVEResult
         All runs are sampled at the same times.
     """
-    traces = [
-        run_nve(
-            system,
-            start,
-            timestep=timestep,
-            picoseconds=picoseconds,
-            sample=max(timesteps),
-            platform=platform,
-            progress=progress,
+    ordered = sorted(set(timesteps))
+    traces, done_before = [], 0
+    total = sum(_count(picoseconds, timestep) for timestep in ordered)
+    for timestep in ordered:
+
+        def tell(done: int, _: int, before: int = done_before) -> None:
+            if progress is not None:
+                progress(before + done, total)
+
+        traces.append(
+            run_nve(
+                system,
+                start,
+                timestep=timestep,
+                picoseconds=picoseconds,
+                sample=ordered[-1],
+                platform=platform,
+                progress=tell,
+            )
         )
-        for timestep in sorted(set(timesteps))
-    ]
+        done_before += _count(picoseconds, timestep)
     return NVEResult(
         traces=traces,
         runs=[conservation(trace, temperature) for trace in traces],

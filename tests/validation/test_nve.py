@@ -157,6 +157,17 @@ def test_progress_is_told_to_the_end(make_chain):
     assert told == [(4, 8), (8, 8)]
 
 
+def test_progress_counts_the_steps_of_all_runs(make_chain):
+    told = []
+    measure(
+        make_chain(), start_of(make_chain()), timesteps=(0.5, 1.0), picoseconds=0.1,
+        progress=lambda done, total: told.append((done, total)),
+    )  # fmt: skip
+    assert told[-1] == (300, 300)
+    assert {total for _, total in told} == {300}
+    assert told == sorted(told)
+
+
 def test_a_run_without_a_sample_is_refused(make_chain):
     with pytest.raises(ValueError, match="has no sample"):
         run_nve(
