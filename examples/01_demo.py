@@ -234,8 +234,8 @@ def molecule_section(run: Run) -> Section:
             FigureBlock(
                 svg=figures.draw_energies(run.nve.traces),
                 caption="Constant energy. Left: potential and kinetic energy are exchanged while "
-                "their sum stays. Right: the sum, magnified; its ripple shrinks fourfold when the "
-                "time step is halved.",
+                "their sum stays (0.5 fs, the start of the run). Right: the sum, magnified; its "
+                "ripple shrinks fourfold when the time step is halved.",
                 alt=f"Energies of {run.plan.name} along the run at constant energy. The total "
                 f"energy fluctuates by {number(run.nve.runs[0].rms)} meV per atom at 0.5 fs.",
             ),
@@ -267,8 +267,8 @@ def dipeptide_section(run: Run) -> Section:
     ramachandran = FigureBlock(
         svg=figures.draw_ramachandran(dihedrals),
         caption=f"Backbone dihedrals of {len(dihedrals.phi)} frames of the NVT run. Labels are "
-        "known minima of the molecule in vacuum. A few picoseconds stay near the start; this "
-        "shows that the peptide moves, not where it would settle.",
+        "the usual names of regions. A few picoseconds stay near the start: this shows that the "
+        "peptide moves, not where it would settle.",
         alt="Ramachandran plot: psi against phi of alanine dipeptide, coloured by time.",
     )
     return replace(section, figures=[*section.figures, ramachandran])
@@ -372,7 +372,7 @@ def student_section(header: StudentHeader) -> Section:
         ["training structures", f"{header.dataset.get('train_structures', 0):,}"],
         ["licence of the weights", header.licence],
     ]
-    tables = [TableBlock(caption="Identity", columns=["", ""], rows=identity)]
+    tables = [TableBlock(caption="Identity", columns=[], rows=identity)]
     if rows:
         split = header.metrics.get("split", "held-out")
         tables.append(
@@ -393,7 +393,7 @@ def method_section(runs: list[Run]) -> Section:
     ]
     versions = {
         "openmm-mlffd": openmm_mlffd.__version__,
-        "OpenMM": openmm.version.version,
+        "OpenMM": openmm.version.short_version,
         "PyTorch": torch.__version__,
         "Python": platform.python_version(),
     }

@@ -13,11 +13,12 @@ from matplotlib.rcsetup import cycler
 from numpy.typing import NDArray
 
 from openmm_mlffd.validation.analysis import Dihedrals, RadialDistribution
-from openmm_mlffd.validation.conservation import EnergyTrace
+from openmm_mlffd.validation.conservation import WINDOW, EnergyTrace
 
 # Okabe and Ito: told apart with any colour vision; darkest first
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 GREY = "#767676"
+_SHADES = ("#009E73", "#9BC9BA", "#CFCFCF", "#E4E4E4", "#EFEFEF")  # of runs, the finest darkest
 
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -58,8 +59,8 @@ def _axes(n_columns: int = 1, *, width: float = 3.6, height: float = 2.7) -> Ite
 def draw_energies(traces: Sequence[EnergyTrace]) -> str:
     """Energies of constant-energy runs from one start.
 
-    On the left potential, kinetic and total energy of the run with the smallest time step, on
-    the right the total energies of all, magnified.
+    On the left potential, kinetic and total energy in the first 0.2 ps of the run with the
+    smallest time step, on the right the total energies of all runs, magnified.
 
     Parameters
     ----------
@@ -71,7 +72,7 @@ def draw_energies(traces: Sequence[EnergyTrace]) -> str:
     str
         SVG.
     """
-    with _axes(2) as canvas:
+    with _axes(2, width=3.8) as canvas:
         exchange, total = canvas.axes
         finest = traces[0]
         energies = {
@@ -82,16 +83,17 @@ def draw_energies(traces: Sequence[EnergyTrace]) -> str:
         for label, values in energies.items():
             change = 1e3 * (values - values[0]) / finest.n_atoms
             exchange.plot(finest.time, change, label=label)
-        exchange.set_ylabel("change of energy [meV/atom]")
-        exchange.set_title(f"exchange at {finest.timestep:g} fs", loc="left")
-        for trace in reversed(traces):
+        exchange.set_xlim(0, min(WINDOW, finest.time[-1]))
+        exchange.set_ylabel("change [meV/atom]")
+        for trace, color in zip(reversed(traces), reversed(_SHADES[: len(traces)]), strict=True):
             change = 1e3 * (trace.total - trace.total[0]) / trace.n_atoms
-            total.plot(trace.time, change, label=f"{trace.timestep:g} fs")
-        total.set_ylabel("change of total energy [meV/atom]")
-        total.set_title("total energy, magnified", loc="left")
+            label = f"total, {trace.timestep:g} fs"
+            total.plot(trace.time, change, label=label, color=color, linewidth=0.8)
+        total.set_ylabel("change [meV/atom]")
+        total.set_xlim(0, finest.time[-1])
         for axes in canvas.axes:
+            axes.locator_params(axis="x", nbins=5)
             axes.set_xlabel("time [ps]")
-            axes.set_xlim(0, finest.time[-1])
             _legend_above(axes)
         return canvas.svg()
 
@@ -154,14 +156,14 @@ def draw_ramachandran(dihedrals: Dihedrals) -> str:
             dihedrals.phi.ravel(), dihedrals.psi.ravel(), c=frame / max(1, n_frames - 1), s=7,
             cmap="viridis", linewidths=0,
         )  # fmt: skip
-        for name, phi, psi in (("C5", -155, 155), ("C7eq", -83, 75), ("αR", -75, -45)):
+        for name, phi, psi in (("C5", -155, 160), ("C7eq", -83, 120), ("αR", -75, -45)):
             axes.annotate(name, (phi, psi), color=GREY, ha="center", va="center", fontsize=8)
         axes.set_xlabel("φ [degrees]")
         axes.set_ylabel("ψ [degrees]")
         ticks = np.arange(-180, 181, 60)
         axes.set(xlim=(-180, 180), ylim=(-180, 180), xticks=ticks, yticks=ticks, aspect="equal")
-        bar = canvas.figure.colorbar(points, ax=axes, ticks=[0, 1], label="time")
-        bar.ax.set_yticklabels(["start", "end"])
+        bar = canvas.figure.colorbar(points, ax=axes, ticks=[0, 1], shrink=0.7)
+        bar.ax.set_yticklabels(["start", "end of run"])
         bar.outline.set_visible(False)
         return canvas.svg()
 
@@ -200,6 +202,6 @@ def draw_radial(
 
 def _legend_above(axes: Axes) -> None:
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.1 if axes.get_title("left") else 1.0), ncols=4,
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4,
         columnspacing=1.2, handlelength=1.4, borderaxespad=0.2,
     )  # fmt: skip

@@ -43,7 +43,7 @@ class TableBlock:
     """What it shows."""
 
     columns: Sequence[str]
-    """Heads of the columns, with units."""
+    """Heads of the columns, with units; none for a table of names and values."""
 
     rows: Sequence[Sequence[str]]
     """Cells as text."""
@@ -138,7 +138,7 @@ def conservation_table(runs: Sequence[Conservation], ratios: Sequence[float]) ->
         rows.append(
             [
                 f"{run.timestep:g} fs",
-                number(run.duration),
+                f"{run.duration:g}",
                 f"{number(run.slope)} ± {number(run.slope_error, 2)}",
                 f"{number(run.slope_kt)} ± {number(run.slope_kt_error, 2)}",
                 number(run.drift_over_kinetic_std),
@@ -148,8 +148,9 @@ def conservation_table(runs: Sequence[Conservation], ratios: Sequence[float]) ->
             ]
         )
     return TableBlock(
-        caption="Energy conservation. The ratio is that of the rms fluctuations in the first "
-        "0.2 ps to those of the row above; it is 4 if forces are exact.",
+        caption="Energy conservation. The slope is that of the shadow energy where it is known. "
+        "The ratio is that of the rms fluctuations in the first 0.2 ps to those of the row above; it "
+        "is 4 if forces are exact.",
         columns=[
             "time step",
             "length [ps]",
