@@ -149,8 +149,8 @@ def conservation_table(runs: Sequence[Conservation], ratios: Sequence[float]) ->
         )
     return TableBlock(
         caption="Energy conservation. The slope is that of the shadow energy where it is known. "
-        "The ratio is that of the rms fluctuations in the first 0.2 ps to those of the row above; it "
-        "is 4 if forces are exact.",
+        "The ratio is that of the rms fluctuations in the first 0.2 ps to those of the row above; "
+        "it is 4 if forces are exact.",
         columns=[
             "time step",
             "length [ps]",
