@@ -22,7 +22,9 @@ from openmm_mlffd.radial import SOFTENING
 PRECISIONS = ("single", "mixed", "double")
 """Arithmetic of the network. Mixed: features and tables are gathered in half precision."""
 
-_TABLES = {"single": (768, 3), "mixed": (256, 3), "double": (1024, 7)}  # intervals, degree
+_TABLES = {"single": (192, 5), "mixed": (64, 5), "double": (1024, 7)}
+"""Intervals and degree of the filters' splines for up to 20 radial functions. Slopes of finer or
+lower ones suffer from rounding in float32 more than they gain."""
 _SHORTEST_SEEN = 5.0 / 7.0
 """Compressed distances are at least this share of the core, see `radial.compress_core`."""
 
@@ -208,6 +210,7 @@ class FastPotential(nn.Module):
         like = torch.zeros((), dtype=real, device=device)
         stored = torch.float16 if precision == "mixed" else real
         n_intervals, self.degree = _TABLES[precision]
+        n_intervals *= -(-network.basis.n_basis // 20)  # more waves, more knots
         self.double, self.remember = precision == "double", remember
         self.enough_rows = _ENOUGH_ROWS
         self.cutoff, self.softening = potential.cutoff, SOFTENING
@@ -216,16 +219,11 @@ class FastPotential(nn.Module):
             raise ValueError(f"a cutoff of {self.cutoff} Å is within the core of the repulsion")
         self.per_interval = n_intervals / (self.cutoff - self.shortest)
         self.energy_scale, self.energy_bound = potential.energy_scale, potential.energy_bound
-        tables = [
-            tabulate(
-                network.basis,
-                interaction.filter.weight.detach(),  # type: ignore[union-attr]
-                shortest=self.shortest,
-                n_intervals=n_intervals,
-                degree=self.degree,
-            ).to(stored)
-            for interaction in network.interactions
-        ]
+        of_basis = tabulate(
+            network.basis, shortest=self.shortest, n_intervals=n_intervals, degree=self.degree
+        )
+        weights = [i.filter.weight.detach().double() for i in network.interactions]  # type: ignore[union-attr,operator]
+        tables = [(of_basis.to(device) @ weight.T).to(stored) for weight in weights]
         self.register_buffer("table", tables[0].view(tables[0].shape[0], 2, -1).contiguous())
         embedding = network.embedding.weight.detach()
         first = network.interactions[0].context(embedding)  # type: ignore[operator]

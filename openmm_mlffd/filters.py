@@ -9,9 +9,9 @@ from openmm_mlffd.radial import RadialBasis
 
 
 def tabulate(
-    basis: RadialBasis, weight: Tensor, *, shortest: float, n_intervals: int, degree: int
+    basis: RadialBasis, *, shortest: float, n_intervals: int, degree: int
 ) -> Tensor:
-    """Spline coefficients of the filters ``weight @ basis(distance)``.
+    """Spline coefficients of the radial functions; times a filter's weights, those of the filter.
 
     Between `shortest` and the cutoff; at both ends derivatives are exact up to the order that the
     degree allows, so that value and slope vanish at the cutoff.
@@ -20,8 +20,6 @@ def tabulate(
     ----------
     basis
         The radial functions.
-    weight
-        Weights of the filters, shape ``(n_filters, n_basis)``. The table is linear in them.
     shortest
         Distance [Å] of the first knot.
     n_intervals, degree
@@ -30,16 +28,12 @@ def tabulate(
     Returns
     -------
     Tensor
-        Coefficients, shape ``(n_intervals + degree, n_filters)``, float64.
+        Coefficients, shape ``(n_intervals + degree, n_basis)``, float64, on the CPU.
     """
-    wide = weight.to(torch.float64)
     step = (basis.cutoff - shortest) / n_intervals
     knots = torch.linspace(shortest, basis.cutoff, n_intervals + 1, dtype=torch.float64)
-    first, last = (
-        _derivatives(basis, knots[k], degree // 2, step) for k in (0, n_intervals)
-    )
-    of_basis = splines.interpolate(basis(knots), first, last, degree)
-    return of_basis.to(wide.device) @ wide.T
+    first, last = (_derivatives(basis, knots[k], degree // 2, step) for k in (0, n_intervals))
+    return splines.interpolate(basis(knots), first, last, degree)
 
 
 def _derivatives(basis: RadialBasis, distance: Tensor, n: int, step: float) -> Tensor:
