@@ -5,6 +5,7 @@ still valid. If not they are found anew and the step is evaluated again, before 
 result. So there is one wait for the device in a step, and no result is ever that of a stale list.
 """
 
+import copy
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -76,6 +77,13 @@ class FastEvaluator(Evaluator):
         self._skin, self._capacity = skin, capacity
         self._lock = threading.Lock()
         self._steps: dict[tuple[bool, ...], _Step] = {}
+
+    def with_numbers(self, numbers: Sequence[int] | NDArray[np.integer[Any]]) -> "FastEvaluator":
+        """Make an evaluator of other atoms with the same student."""
+        other = copy.copy(self)
+        Evaluator.__init__(other, self.potential, numbers, skin=self._skin)
+        other._lock, other._steps = threading.Lock(), {}
+        return other
 
     @property
     def n_builds(self) -> int:

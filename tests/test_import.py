@@ -6,7 +6,7 @@ import pytest
 
 import openmm_mlffd
 
-HEAVY = {"torch", "numpy", "openmm", "openmmml", "ase", "h5py", "omegaconf", "mdtraj", "typer"}
+HEAVY = {"torch", "warp", "numpy", "openmm", "openmmml", "ase", "h5py", "omegaconf", "mdtraj", "typer"}
 TRAINING_ONLY = {"h5py", "omegaconf", "tensorboard", "mdtraj", "matplotlib", "rdkit", "typer"}
 
 
@@ -41,8 +41,23 @@ def test_students_need_no_library_of_the_training():
     code = "import openmm_mlffd.evaluator, openmm_mlffd.interfaces.openmm_force"
     modules = loaded_by(code)
     assert "torch" in modules
-    assert not modules & (TRAINING_ONLY | {"openmm", "openmmml", "ase"})
+    assert not modules & (TRAINING_ONLY | {"openmm", "openmmml", "ase", "warp"})
     assert not any(name.startswith("openmm_mlffd.training") for name in modules)
+
+
+def test_fused_kernels_start_in_silence_and_leave_warp_as_it_was():
+    pytest.importorskip("warp")
+    code = (
+        "import warp\n"
+        "before = warp.config.log_level\n"
+        "import torch\n"
+        "from openmm_mlffd.kernels.neighbor_ops import neighbor_rows\n"
+        "i = torch.zeros(1, dtype=torch.int32)\n"
+        "box, first = torch.zeros(1, 3, 3).double(), torch.tensor([0, 1]).int()\n"
+        "neighbor_rows(box[0, :1], box, box[:, 0].bool(), i, first, 3.0, 4, False)\n"
+        "assert warp.config.log_level == before"
+    )
+    assert "warp" in loaded_by(code)
 
 
 def test_importing_leaves_torch_and_warnings_as_they_were():

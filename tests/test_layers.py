@@ -20,12 +20,12 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "facts": ("units elements", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "graph neighbors painn potential radial repulsion",
+        "fast filters graph neighbors painn potential radial repulsion rows",
         "facts kernels physics",
         "torch numpy",
     ),
     "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
-    "adapter": ("evaluator", "facts physics files", "torch numpy"),
+    "adapter": ("engine engines evaluator", "facts physics files adapter", "torch numpy"),
     "factory": ("interfaces.openmm_factory", "openmm", ""),
     "openmm": (
         "interfaces.openmm_*",

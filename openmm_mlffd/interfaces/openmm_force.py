@@ -6,11 +6,12 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
+from openmm_mlffd.engines import open_evaluator
+from openmm_mlffd.evaluator import Evaluator, StudentSource
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
-VERSION = 1
-"""Version of the settings that are stored with a System."""
+VERSION = 2
+"""Version of the settings that are stored with a System. Version 1 had no `kernels`."""
 
 
 class ComputationSettings(TypedDict):
@@ -38,10 +39,13 @@ class ComputationSettings(TypedDict):
     """Whether the box is periodic."""
 
     precision: str
-    """Single or double."""
+    """Single, mixed or double."""
 
     device: str | None
     """Torch device; None for whatever is there."""
+
+    kernels: str
+    """One of `engines.KERNELS`."""
 
 
 class StudentComputation:
@@ -80,19 +84,17 @@ class StudentComputation:
         """Load the student, if that is not done; where it cannot be used, this says so."""
         if self._evaluator is not None:
             return self._evaluator
-        settings = self.settings
-        if settings["version"] != VERSION:
-            raise ValueError(
-                f"this System was stored in version {settings['version']} of the format, and this "
-                f"openmm-mlffd reads version {VERSION}; another openmm-mlffd is needed"
-            )
-        source = StudentSource(
-            name=settings["name"], path=settings["path"], sha256=settings["sha256"]
+        settings = _upgraded(self.settings)
+        self._evaluator = open_evaluator(
+            StudentSource(
+                name=settings["name"], path=settings["path"], sha256=settings["sha256"]
+            ),
+            settings["numbers"],
+            kernels=settings["kernels"],
+            precision=settings["precision"],
+            device=settings["device"],
+            labels=settings["atoms"],
         )
-        potential = source.load(
-            device=resolve_device(settings["device"]), precision=settings["precision"]
-        )
-        self._evaluator = Evaluator(potential, settings["numbers"], labels=settings["atoms"])
         return self._evaluator
 
     def _compute(self, state: Any) -> tuple[float, NDArray[np.float64]]:
@@ -102,9 +104,21 @@ class StudentComputation:
         cell = None
         if self.settings["periodic"]:
             cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
-        prediction = evaluator.predict(positions, cell)
+        prediction = evaluator.predict(positions, cell, virial=False)
         forces = prediction.forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         return prediction.energy.item() * KJ_PER_MOL_PER_EV, forces.cpu().numpy()
+
+
+def _upgraded(settings: ComputationSettings) -> ComputationSettings:
+    """The settings as the newest version has them."""
+    if settings["version"] == 1:
+        return settings | ComputationSettings(version=VERSION, kernels="auto")  # type: ignore[typeddict-item, return-value]
+    if settings["version"] != VERSION:
+        raise ValueError(
+            f"this System was stored in version {settings['version']} of the format, and this "
+            f"openmm-mlffd reads versions 1 and {VERSION}; another openmm-mlffd is needed"
+        )
+    return settings
 
 
 def restore_computation(settings: ComputationSettings) -> StudentComputation:

@@ -15,13 +15,17 @@ except ImportError as error:
     ) from error
 
 from openmm_mlffd.elements import atomic_number
+from openmm_mlffd.engines import PRECISIONS
 from openmm_mlffd.evaluator import StudentSource, resolve_device
 from openmm_mlffd.interfaces.openmm_force import VERSION, ComputationSettings, StudentComputation
 from openmm_mlffd.interfaces.openmm_topology import (
     atomic_numbers,
     check_hydrogens,
 )
-from openmm_mlffd.modelfile import PRECISIONS, ModelFileError, read_header
+from openmm_mlffd.modelfile import ModelFileError, read_header
+
+ENGINES = {"auto": "auto", "python": "fused", "eager": "eager"}
+"""Engines, and the kernels that each stands for."""
 
 _STUDENT_KEYWORDS = ("model", "modelPath")
 _EMBEDDING_KEYWORDS = ("linkAtomDistances", "mlLongRange")  # openmmml hands on its own, too
@@ -31,6 +35,7 @@ _EMBEDDING_KEYWORDS = ("linkAtomDistances", "mlLongRange")  # openmmml hands on 
 class _Options:
     """The keywords that may be given to `MLPotential` and to `createSystem`."""
 
+    engine: str | None = None
     precision: str | None = None
     device: Any = None
     charge: float | None = None
@@ -44,6 +49,10 @@ class _Options:
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {new.precision!r}"
             )
+        if new.engine is not None and new.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {new.engine!r}")
+        if new.engine == "eager" and new.precision == "mixed":
+            raise ValueError("engine='eager' has no mixed precision: single or double")
         if new.charge is not None and new.charge != 0:
             raise ValueError(
                 f"charge={new.charge} was asked for, but the student has no charge to set: what "
@@ -73,9 +82,13 @@ class MLFFDPotentialImpl(MLPotentialImpl):
     The following keywords may be given to `MLPotential` and to `createSystem` or
     `createMixedSystem`, where they override:
 
+    engine
+        ``'auto'`` (default), ``'python'`` (fused kernels, a `PythonForce`) or ``'eager'`` (plain
+        torch, slow and simple, a `PythonForce`).
     precision
-        ``'single'`` (default) or ``'double'``: the arithmetic of the network. Energies and
-        forces are summed in double either way.
+        ``'single'`` (default), ``'mixed'`` (half-precision storage of what is gathered; not for
+        ``'eager'``) or ``'double'``: the arithmetic of the network. Energies and forces are summed
+        in double either way.
     device
         Where the student runs, such as ``'cpu'`` or ``'cuda:1'``. By default CUDA if there is
         any, else the CPU. A `PythonForce` is not told on which device its Context runs: where
@@ -178,6 +191,7 @@ class MLFFDPotentialImpl(MLPotentialImpl):
                 periodic=_is_periodic(topology, system),
                 precision=options.precision or "single",
                 device=None if options.device is None else str(options.device),
+                kernels=ENGINES[options.engine or "auto"],
             )
         )
         computation.start()  # a damaged student is reported here, not in the first step
