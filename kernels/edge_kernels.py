@@ -1,5 +1,6 @@
-"""Geometry of the edges, and forces from what the edges' gradients are. A group of lanes owns an
-atom and walks its row; all of it in double precision, from the positions.
+"""Geometry of the edges, and forces from what the edges' gradients are.
+
+A group of lanes owns an atom and walks its row; all of it in double precision, from the positions.
 
 The network sees softened distances d = √(r² + ε²), and those within the core of a pair of
 elements compressed (`radial.compress_core`): d → ρ(d). The chain rule back to positions, with

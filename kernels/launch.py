@@ -47,6 +47,13 @@ def prepare(kernel: Any, device: torch.device) -> Any:
         return wp.launch(kernel, dim=1, inputs=arguments, device=where, record_cmd=True)
 
 
+def has_cuda() -> bool:
+    """Whether Warp can use a CUDA device, which needs a newer driver than torch's."""
+    with _preparing, _quietly():
+        wp.init()
+        return bool(wp.is_cuda_available())
+
+
 def launch(kernel: Any, n_threads: int, device: torch.device, *arguments: Tensor | float) -> None:
     """Launch on torch's current stream.
 

@@ -26,11 +26,12 @@ def message(
 
     Arguments and result as of `reference.message`. ``features`` and ``table`` may be float16,
     where ``geometry`` and the sums are float32. Both directions of an edge must be in the rows,
-    with opposite vectors: backward, one is read for the other. Each of ``n_parts`` groups of lanes takes a part
-    of a row: for small systems on large GPUs.
+    with opposite vectors: backward, one is read for the other. Each of ``n_parts`` groups of lanes
+    takes a part of a row: for small systems on large GPUs.
 
     Differentiable to any order in ``features``, ``table`` and ``geometry``; the first derivatives
-    by features and geometry are kernels, what is beyond is computed by the reference. Deterministic.
+    by features and geometry are kernels, what is beyond is computed by the reference.
+    Deterministic.
     """
     variant = _variant(features, table, geometry, degree)
     n_atoms, capacity = _check(features, rows, table, geometry, neighbors, counts)
@@ -245,7 +246,7 @@ def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _differentiate_backward(ctx: Any, *by: Tensor) -> tuple[Any, ...]:
     """Second derivatives, by the reference."""
-    gradient, features, rows, table, geometry, neighbors, reverse, counts = ctx.saved_tensors
+    gradient, features, rows, table, geometry, neighbors, _, counts = ctx.saved_tensors
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (gradient, features, table, geometry)]
         sums = reference.message(

@@ -1,5 +1,7 @@
-"""Rows of neighbors: boxes and bins (a thread per system or atom), rows (a thread per atom), and
-where each edge's other direction is (a thread per slot).
+"""Rows of neighbors for each atom, and where each edge's other direction is.
+
+Boxes and bins take a thread for each system or atom, rows a thread for each atom, and the other
+directions one for each slot.
 
 An image (n₀, n₁, n₂) of the sender is packed into one int64, 21 bits each, offset by 2²⁰.
 Rows are sorted by sender and image, so that the other direction is found by bisection. Whatever

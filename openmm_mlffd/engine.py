@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from torch import Tensor
 
 from openmm_mlffd.evaluator import Evaluator
 from openmm_mlffd.fast import FastPotential
@@ -220,4 +219,6 @@ class _Step:
         out = self.host.clone()
         n = self.input.shape[0]
         virial = out[4 * n + 1 : 4 * n + 10].view(1, 3, 3)
-        return Prediction(out[4 * n : 4 * n + 1], out[: 3 * n].view(n, 3), virial, out[3 * n : 4 * n])
+        return Prediction(
+            out[4 * n : 4 * n + 1], out[: 3 * n].view(n, 3), virial, out[3 * n : 4 * n]
+        )

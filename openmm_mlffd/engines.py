@@ -56,9 +56,7 @@ def open_evaluator(
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
     where = resolve_device(device)
-    if kernels == "auto":
-        kernels = "fused" if _has_warp() else "eager"
-    if kernels == "fused":
+    if kernels == "fused" or (kernels == "auto" and _can_run_kernels(where)):
         from openmm_mlffd.engine import FastEvaluator
 
         # the weights are rounded once, to what the kernels read
@@ -69,11 +67,17 @@ def open_evaluator(
     return Evaluator(source.load(device=where, precision=precision), numbers, labels=labels)
 
 
-def _has_warp() -> bool:
-    if importlib.util.find_spec("warp") is not None:
+def _can_run_kernels(device: torch.device) -> bool:
+    """Whether Warp is there and can use the device; if not, says what to do about it."""
+    if importlib.util.find_spec("warp") is None:
+        advice = "pip install warp-lang"
+    elif device.type == "cuda":
+        from openmm_mlffd.kernels.launch import has_cuda
+
+        if has_cuda():
+            return True
+        advice = "Warp finds no CUDA device: its wheels need a newer driver than PyTorch's"
+    else:
         return True
-    _logger.warning(
-        "Warp is not installed, so students run many times slower than they could: "
-        "pip install warp-lang"
-    )
+    _logger.warning("students run many times slower than they could: %s", advice)
     return False

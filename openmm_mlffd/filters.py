@@ -8,9 +8,7 @@ from openmm_mlffd.kernels import splines
 from openmm_mlffd.radial import RadialBasis
 
 
-def tabulate(
-    basis: RadialBasis, *, shortest: float, n_intervals: int, degree: int
-) -> Tensor:
+def tabulate(basis: RadialBasis, *, shortest: float, n_intervals: int, degree: int) -> Tensor:
     """Spline coefficients of the radial functions; times a filter's weights, those of the filter.
 
     Between `shortest` and the cutoff; at both ends derivatives are exact up to the order that the

@@ -162,6 +162,4 @@ def check_volume(cell: Tensor, periodic: Tensor) -> None:
     """Refuse a box of ``(3, 3)`` whose periodic vectors span nothing. Both on the CPU."""
     vectors = cell[periodic]
     if vectors.shape[0] and not float(torch.linalg.svdvals(vectors).prod()) > 1e-6:
-        raise ValueError(
-            f"the periodic box of system 0 has no volume: box vectors {cell.tolist()}"
-        )
+        raise ValueError(f"the periodic box of system 0 has no volume: box vectors {cell.tolist()}")

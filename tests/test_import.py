@@ -6,8 +6,24 @@ import pytest
 
 import openmm_mlffd
 
-HEAVY = {"torch", "warp", "numpy", "openmm", "openmmml", "ase", "h5py", "omegaconf", "mdtraj", "typer"}
+HEAVY = {
+    "torch",
+    "warp",
+    "numpy",
+    "openmm",
+    "openmmml",
+    "ase",
+    "h5py",
+    "omegaconf",
+    "mdtraj",
+    "typer",
+}
 TRAINING_ONLY = {"h5py", "omegaconf", "tensorboard", "mdtraj", "matplotlib", "rdkit", "typer"}
+# Warp writes this to the process's stderr, whatever its settings
+NO_DRIVER = (
+    "Warp CUDA warning: Could not find or load the NVIDIA CUDA driver. "
+    "GPU execution will not be available.\n"
+)
 
 
 def loaded_by(code):
@@ -16,7 +32,7 @@ def loaded_by(code):
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    assert result.stderr == ""
+    assert result.stderr in ("", NO_DRIVER)
     assert result.stdout.count("\n") == 1
     return set(result.stdout.split())
 

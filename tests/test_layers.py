@@ -26,7 +26,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "torch numpy",
     ),
     "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
-    "adapter": ("engine engines evaluator", "facts physics files adapter", "torch numpy"),
+    "adapter": ("engine engines evaluator", "facts kernels physics files adapter", "torch numpy"),
     "factory": ("interfaces.openmm_factory", "openmm", ""),
     "openmm": (
         "interfaces.openmm_*",
@@ -51,19 +51,24 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts files adapter validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
+    "bench": (
+        "bench bench.*",
+        "facts physics files adapter factory openmm bench package",
+        "torch numpy openmm openmmml matplotlib",
+    ),
     "empty": ("interfaces students", "", ""),
     "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
     "cli": (
         "cli",
-        "package process facts files adapter training sources validation",
+        "package process facts files adapter training sources validation bench",
         "typer",
     ),
 }
 
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
-    "openmm": "interfaces.openmm_potential validation.*",
-    "openmmml": "interfaces.openmm_potential validation.*",
+    "openmm": "interfaces.openmm_potential validation.* bench.*",
+    "openmmml": "interfaces.openmm_potential validation.* bench.*",
     "ase": "interfaces.ase_calculator validation.* training.sources training.teacher_worker",
     "rdkit": "validation.* training.sources",
     "so3krates_torch": "training.so3lr",
@@ -71,7 +76,7 @@ ONLY_IN = {
     "h5py": "training.hdf5 training.starter",
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
-    "matplotlib": "validation.*",
+    "matplotlib": "validation.* bench.*",
     "typer": "cli",
 }
 

@@ -86,9 +86,7 @@ class StudentComputation:
             return self._evaluator
         settings = _upgraded(self.settings)
         self._evaluator = open_evaluator(
-            StudentSource(
-                name=settings["name"], path=settings["path"], sha256=settings["sha256"]
-            ),
+            StudentSource(name=settings["name"], path=settings["path"], sha256=settings["sha256"]),
             settings["numbers"],
             kernels=settings["kernels"],
             precision=settings["precision"],

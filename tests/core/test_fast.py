@@ -10,7 +10,11 @@ from openmm_mlffd.potential import Prediction
 from openmm_mlffd.rows import VerletRows
 
 # energy of an atom [eV], force [eV/Å], virial of an atom [eV]
-TOLERANCE = {"double": (1e-10, 1e-9, 1e-9), "single": (1e-5, 2e-5, 2e-5), "mixed": (5e-3, 1e-2, 2e-2)}
+TOLERANCE = {
+    "double": (1e-10, 1e-9, 1e-9),
+    "single": (1e-5, 2e-5, 2e-5),
+    "mixed": (5e-3, 1e-2, 2e-2),
+}
 
 
 def rows_of(potential, *systems, skin=1.0, capacity=None):

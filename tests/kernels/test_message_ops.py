@@ -183,3 +183,28 @@ def test_what_the_kernels_cannot_read_is_refused(index, wrong, message):
     inputs[index] = wrong(inputs[index])
     with pytest.raises((TypeError, ValueError), match=message):
         message_ops.message(*inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("n_parts", [1, 8])
+def test_gpu_gives_what_the_cpu_gives(case, n_parts):
+    inputs = make_inputs(**case)
+    moved = [t.to("cuda") if isinstance(t, torch.Tensor) else t for t in inputs]
+    tolerance = TOLERANCE[inputs[0].dtype]
+    found = torch.ops.mlffd.message(*moved, n_parts)
+    assert (found.cpu() - torch.ops.mlffd.message(*inputs, 1)).abs().max() < tolerance
+    assert torch.equal(torch.ops.mlffd.message(*moved, n_parts), found)
+    results = []
+    for features, rows, table, geometry, neighbors, _, counts, degree in (inputs, moved):
+        weights = torch.randn(
+            len(counts), 4, features.shape[2], generator=torch.Generator().manual_seed(5)
+        ).to(features)
+        by_slot = torch.zeros_like(geometry)
+        by_features = torch.ops.mlffd.message_backward_(
+            weights, features, rows, table, geometry, neighbors, counts, by_slot, degree, True,
+            n_parts,
+        )  # fmt: skip
+        results.append((by_features.cpu(), by_slot.cpu()))
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert (on_gpu - on_cpu).abs().max() < 5 * tolerance

@@ -150,3 +150,32 @@ def test_wrong_types_are_refused_by_name():
         torch.ops.mlffd.neighbor_rows(positions.float(), cell, pbc, system, first, 3.0, 8, False)
     with pytest.raises(ValueError, match=r"pbc must have the shape \(1, 3\)"):
         torch.ops.mlffd.neighbor_rows(positions, cell, pbc[0], system, first, 3.0, 8, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("binned", [False, True])
+def test_gpu_gives_what_the_cpu_gives(binned):
+    rng = np.random.default_rng(6)
+    kinds = ["orthorhombic", "rotated", "tiny", "triclinic"]
+    systems = [random_system(rng, kinds[k % 4], pbc) for k, pbc in enumerate(PBCS)]
+    arguments = as_batch(systems)
+    on_cpu = neighbor_rows(*arguments, 3.3, 900, binned)
+    on_gpu = neighbor_rows(*(t.to("cuda") for t in arguments), 3.3, 900, binned)
+    counts = on_cpu[3]
+    assert torch.equal(on_gpu[3].cpu(), counts)
+    filled = torch.arange(900) < counts[:, None]
+    for ours, theirs in zip(on_gpu[:3], on_cpu[:3], strict=True):
+        assert torch.equal(ours.cpu()[filled], theirs[filled])
+
+
+@pytest.mark.gpu
+def test_large_box_on_a_gpu_has_all_edges():
+    rng = np.random.default_rng(1)
+    cell = np.array([[44.0, 0, 0], [5.0, 41.0, 0], [-6.0, 4.0, 46.0]])
+    arguments = as_batch([(rng.random((8000, 3)) @ cell, cell, (True,) * 3)])
+    expected = neighbor_rows(*arguments, 4.0, 80, True)
+    found = neighbor_rows(*(t.to("cuda") for t in arguments), 4.0, 80, True)
+    filled = torch.arange(80) < expected[3][:, None]
+    assert torch.equal(found[3].cpu(), expected[3])
+    assert torch.equal(found[0].cpu()[filled], expected[0][filled])
+    assert torch.equal(found[2].cpu()[filled], expected[2][filled])

@@ -1,0 +1,212 @@
+"""The benchmark: sections that are measured one after the other, printed and stored as JSON."""
+
+import json
+import platform as host
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+import torch
+
+import openmm_mlffd
+from openmm_mlffd.bench import agreement, timing
+from openmm_mlffd.bench.systems import Structure, relaxed, water
+from openmm_mlffd.engines import open_evaluator
+from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
+
+SECTIONS = ("agreement", "speed", "drift", "batch", "profile")
+ENGINES = ("python", "eager")
+_MOST_ON_CPU = 400  # atoms; larger systems take minutes there
+
+
+@dataclass(kw_only=True)
+class Bench:
+    """What to measure, and what was."""
+
+    source: StudentSource
+    """The student."""
+
+    output: Path
+    """Folder for ``bench.json``."""
+
+    sizes: Sequence[int]
+    """Numbers of atoms."""
+
+    engines: Sequence[str] = ENGINES
+    """Of `ENGINES`."""
+
+    precisions: Sequence[str] = ("single", "mixed")
+    """Of the engines that have them."""
+
+    device: torch.device = field(default_factory=resolve_device)
+    """Of the student."""
+
+    results: dict[str, Any] = field(default_factory=dict)
+    """By section, as they are stored."""
+
+    def run(self, sections: Sequence[str]) -> bool:
+        """Measure; whether nothing failed. What fails is told and does not stop the rest."""
+        unknown = sorted(set(sections) - set(SECTIONS))
+        if unknown:
+            raise ValueError(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+        self.output.mkdir(parents=True, exist_ok=True)
+        self.results["host"] = _describe(self.device)
+        _say(" ".join(f"{k}: {v}" for k, v in self.results["host"].items()))
+        fine = True
+        for name in sections:
+            rows = self.results[name] = []
+            _say(f"\n== {name}")
+            start = time.perf_counter()
+            for row in getattr(self, f"_{name}")():
+                rows.append(row)
+                fine &= "error" not in row
+                _say("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
+                self._store()
+            _say(f"({time.perf_counter() - start:.0f} s)")
+        return fine
+
+    @property
+    def platform(self) -> str:
+        """OpenMM's platform for the device."""
+        return "CUDA" if self.device.type == "cuda" else "Reference"
+
+    def _store(self) -> None:
+        (self.output / "bench.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def _guarded(
+        self, row: dict[str, Any], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """The row with what was measured, or with the reason why not."""
+        try:
+            return row | measure()
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return row | {"error": "out of memory"}
+        except Exception as error:
+            if "out of memory" in str(error):
+                torch.cuda.empty_cache()
+                return row | {"error": "out of memory"}
+            _say("".join(traceback.format_exception(error)[-6:]))
+            return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
+
+    def _agreement(self) -> Iterator[dict[str, Any]]:
+        potential = self.source.load(device=self.device, precision="double")
+        for name, s in agreement.structures(potential).items():
+            exact = Evaluator(potential, s.numbers).compute(s.positions, s.cell)
+            for precision in agreement.PRECISIONS:
+                yield self._guarded(
+                    {"structure": name, "precision": precision},
+                    partial(agreement.deviation, potential, s, exact, precision),
+                )
+
+    def _structures(self) -> Iterator[tuple[int, Structure]]:
+        for n in self.sizes:
+            structure = water(n)
+            try:
+                evaluator = open_evaluator(
+                    self.source, structure.numbers.tolist(), device=self.device
+                )
+                x = relaxed(evaluator, structure.positions, structure.cell)
+            except Exception as error:
+                _say("".join(traceback.format_exception(error)[-6:]))
+                continue
+            finally:
+                evaluator = None  # its memory is not part of what is measured next
+            yield n, structure._replace(positions=x)
+
+    def _speed(self) -> Iterator[dict[str, Any]]:
+        for n, s in self._structures():
+            empty = partial(self._step, s, None, "single")
+            yield self._guarded({"atoms": n, "engine": "none"}, empty)
+            for engine in self.engines:
+                for precision in self.precisions if engine != "eager" else ("single",):
+                    row: dict[str, Any] = {"atoms": n, "engine": engine, "precision": precision}
+                    row = self._guarded(row, partial(self._bare, s, engine, precision))
+                    if "error" not in row:
+                        row = self._guarded(row, partial(self._step, s, engine, precision))
+                    yield row
+
+    def _bare(self, structure: Structure, engine: str, precision: str) -> dict[str, Any]:
+        def make() -> Any:
+            return open_evaluator(
+                self.source,
+                structure.numbers.tolist(),
+                kernels="fused" if engine == "python" else "eager",
+                precision=precision,
+                device=self.device,
+            )
+
+        atoms = len(structure.numbers)
+        memory = timing.device_memory(make, structure)
+        found = timing.evaluation_time(make(), structure)
+        return {
+            "bare": found["median"], "bare_fastest": found["fastest"], "n_bare": found["n"],
+            "ns_per_atom": 1e9 * found["median"] / atoms,
+        } | {
+            f"{name}_bytes_per_atom": value / atoms for name, value in memory.items()
+        }  # fmt: skip
+
+    def _step(self, structure: Structure, engine: str | None, precision: str) -> dict[str, Any]:
+        found = timing.step_time(
+            structure, engine=engine, precision=precision, platform=self.platform,
+            device=str(self.device),
+        )  # fmt: skip
+        return {"step": found["median"], "step_fastest": found["fastest"], "n_step": found["n"]}
+
+    def _drift(self) -> Iterator[dict[str, Any]]:
+        small = self.device.type == "cpu"
+        structure = water(51 if small else 999)
+        evaluator = open_evaluator(self.source, structure.numbers.tolist(), device=self.device)
+        structure = structure._replace(
+            positions=relaxed(evaluator, structure.positions, structure.cell)
+        )
+        for precision in ("single", "mixed"):
+            measure = partial(
+                agreement.energy_drift, structure, precision, platform=self.platform,
+                n_steps=100 if small else 10_000,
+            )  # fmt: skip
+            yield self._guarded({"atoms": len(structure.numbers), "precision": precision}, measure)
+
+    def _batch(self) -> Iterator[dict[str, Any]]:
+        return iter(())
+
+    def _profile(self) -> Iterator[dict[str, Any]]:
+        if self.device.type != "cuda":
+            _say("needs a GPU")
+            return
+        potential = self.source.load(device=self.device, precision="double")
+        for n, structure in self._structures():
+            for precision in self.precisions:
+                row: dict[str, Any] = {"atoms": n, "precision": precision}
+                measure = partial(agreement.kernel_times, potential, structure, precision)
+                found = self._guarded(row, lambda measure=measure: {"kernels": measure()})  # type: ignore[misc]
+                for entry in found.pop("kernels", []):
+                    yield row | entry
+                if "error" in found:
+                    yield found
+
+
+def _describe(device: torch.device) -> dict[str, str]:
+    name = host.processor() or host.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "openmm": openmm.Platform.getOpenMMVersion(),
+        "openmm_mlffd": openmm_mlffd.__version__,
+    }
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
