@@ -10,8 +10,8 @@ failed=()
 part() { # NAME SECONDS COMMAND...
     local name=$1 seconds=$2
     shift 2
-    echo "######## $name"
-    timeout "$seconds" "$@" 2>&1 | tee "$out/$name.log"
+    echo "######## $name" | tee -a "$out/log.txt"
+    timeout "$seconds" "$@" 2>&1 | tee -a "$out/log.txt"
     local status=${PIPESTATUS[0]}
     [ "$status" = 0 ] || failed+=("$name($status)")
 }
@@ -28,4 +28,4 @@ bench 80 agreement
 bench 170 speed
 bench 40 drift
 bench 50 profile --sizes 50,5000,100000 --precisions single,mixed
-echo "######## failed: ${failed[*]:-nothing}"
+echo "######## failed: ${failed[*]:-nothing}" | tee -a "$out/log.txt"
