@@ -23,8 +23,19 @@ _SHAKE = 0.01  # Å: positions differ from one evaluation to the next
 _LONGEST = 8.0  # s, of the samples of one number; fewer samples beyond
 
 
-def evaluation_time(evaluator: Evaluator, structure: Structure) -> dict[str, float]:
+def evaluation_time(
+    evaluator: Evaluator, structure: Structure, *, shift: float = 0.0
+) -> dict[str, float]:
     """Median time [s] of energy and forces, from positions in numpy to forces on the host.
+
+    Parameters
+    ----------
+    evaluator
+        What is timed.
+    structure
+        The atoms, which move a little from one evaluation to the next.
+    shift
+        Move all of them by so much [Å] more; beyond the skin, neighbors are searched each time.
 
     Returns
     -------
@@ -33,7 +44,7 @@ def evaluation_time(evaluator: Evaluator, structure: Structure) -> dict[str, flo
     """
     rng = np.random.default_rng(0)
     x, cell = structure.positions, structure.cell
-    places = [x + _SHAKE * rng.uniform(-1, 1, x.shape) for _ in range(4)]
+    places = [x + _SHAKE * rng.uniform(-1, 1, x.shape) + k % 2 * shift for k in range(4)]
     k = 0
 
     def evaluate() -> None:
