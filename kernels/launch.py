@@ -71,7 +71,7 @@ def launch(kernel: Any, n_threads: int, device: torch.device, *arguments: Tensor
     """
     if n_threads == 0:
         return
-    commands = _commands.__dict__
+    commands: dict[Any, Any] = _commands.__dict__
     key = (id(kernel), device)
     command = commands.get(key)
     if command is None:
@@ -92,7 +92,8 @@ def _stream(device: torch.device) -> Any:
     """Warp's handle of torch's current stream."""
     stream = torch.cuda.current_stream(device)
     key = ("stream", stream.cuda_stream, device)
-    found = _commands.__dict__.get(key)
+    streams: dict[Any, Any] = _commands.__dict__
+    found = streams.get(key)
     if found is None:
-        found = _commands.__dict__[key] = wp.stream_from_torch(stream)
+        found = streams[key] = wp.stream_from_torch(stream)
     return found

@@ -215,6 +215,30 @@ def nve(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Bundled name or path of a student.")] = None,
+    sections: Annotated[
+        str, typer.Option(help="What is measured: agreement, speed, drift, profile.")
+    ] = "agreement,speed,drift",
+    sizes: Annotated[str, typer.Option(help="Numbers of atoms.")] = "50,1000,5000,25000,100000",
+    engines: Annotated[str, typer.Option(help="Engines: python, eager.")] = "python,eager",
+    precisions: Annotated[str, typer.Option(help="Precisions that are timed.")] = "single,mixed",
+    device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json.")] = Path(
+        "bench"
+    ),
+) -> None:
+    """How fast the student is here, and how far its precisions are from float64."""
+    from openmm_mlffd.bench.run import run_bench_command
+
+    if not run_bench_command(
+        model, sections=sections, sizes=sizes, engines=engines, precisions=precisions,
+        device=device, output=output, echo=typer.echo,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one line, others a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

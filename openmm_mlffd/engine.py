@@ -113,7 +113,7 @@ class FastEvaluator(Evaluator):
         if cell is None:
             if pbc is not None and np.any(pbc):
                 raise ValueError("periodic directions need a cell")
-            periodic = (False, False, False)
+            periodic: tuple[bool, ...] = (False, False, False)
         else:
             given = (True, True, True) if pbc is None else np.asarray(pbc, dtype=np.bool_)
             periodic = tuple(bool(p) for p in given)

@@ -63,6 +63,9 @@ class Rows(NamedTuple):
 class _Linear(nn.Module):
     """An affine map whose derivative is written out."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, layer: nn.Linear, n_out: int, like: Tensor) -> None:
         super().__init__()
         self.register_buffer("weight", layer.weight[:n_out].detach().to(like).contiguous())
@@ -100,6 +103,8 @@ class _Perceptron(nn.Module):
 
 class _Mix(nn.Module):
     """`Mixing` on states; without new vectors where they are not used any more."""
+
+    project: Tensor
 
     def __init__(self, mixing: Mixing, last: bool, like: Tensor) -> None:
         super().__init__()
@@ -151,6 +156,8 @@ class _Mix(nn.Module):
 class _Block(nn.Module):
     """From one message to the next: mixing, then the context of the next block's features."""
 
+    table: Tensor
+
     def __init__(self, mixing: Mixing, following: Interaction, table: Tensor, like: Tensor) -> None:
         super().__init__()
         self.n_channels = mixing.n_channels
@@ -199,6 +206,12 @@ class FastPotential(nn.Module):
         If the precision is not one of these, or the student's cutoff is within its core.
     """
 
+    table: Tensor
+    embedding: Tensor
+    first: Tensor
+    pairs: Tensor
+    references: Tensor
+
     def __init__(
         self, potential: Potential, *, precision: str = "single", remember: bool = True
     ) -> None:
@@ -211,7 +224,7 @@ class FastPotential(nn.Module):
         stored = torch.float16 if precision == "mixed" else real
         n_intervals, self.degree = _TABLES[precision]
         n_intervals *= -(-network.basis.n_basis // 20)  # more waves, more knots
-        self.double, self.remember = precision == "double", remember
+        self.in_double, self.remember = precision == "double", remember
         self.enough_rows = _ENOUGH_ROWS
         self.cutoff, self.softening = potential.cutoff, SOFTENING
         self.shortest = _SHORTEST_SEEN * potential.smallest_core
@@ -259,7 +272,7 @@ class FastPotential(nn.Module):
         geometry = torch.ops.mlffd.edge_geometry(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
             rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
-            self.per_interval, self.double,
+            self.per_interval, self.in_double,
         )  # fmt: skip
         learned, by_slot = self.network(rows, geometry)
         totals = torch.ops.mlffd.edge_forces(
@@ -313,11 +326,12 @@ class FastPotential(nn.Module):
                 more, features = kept[k], sent[k]
             else:
                 _, features, more = block(states[k])
+            table: Tensor = block.table  # type: ignore[assignment]
             by_features = torch.ops.mlffd.message_backward_(
-                gradient.to(block.table.dtype), features, rows.species, block.table, geometry,
+                gradient.to(table.dtype), features, rows.species, table, geometry,
                 neighbors, counts, by_slot, self.degree, True, n_parts,
             )  # fmt: skip
-            gradient = block.backward(gradient, by_features, more)
+            gradient = block.backward(gradient, by_features, more)  # type: ignore[operator]
         torch.ops.mlffd.message_backward_(
             gradient.to(self.table.dtype), self.first, rows.species, self.table, geometry,
             neighbors, counts, by_slot, self.degree, False, n_parts,

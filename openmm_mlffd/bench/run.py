@@ -1,6 +1,7 @@
 """The benchmark: sections that are measured one after the other, printed and stored as JSON."""
 
 import json
+import logging
 import platform as host
 import time
 import traceback
@@ -18,12 +19,13 @@ from numpy.typing import NDArray
 import openmm_mlffd
 from openmm_mlffd.bench import agreement, timing
 from openmm_mlffd.bench.systems import Structure, relaxed, water
-from openmm_mlffd.engines import open_evaluator
+from openmm_mlffd.engines import PRECISIONS, open_evaluator
 from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
 
-SECTIONS = ("agreement", "speed", "drift", "batch", "profile")
+SECTIONS = ("agreement", "speed", "drift", "profile")
 ENGINES = ("python", "eager")
-_MOST_ON_CPU = 400  # atoms; larger systems take minutes there
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -48,6 +50,9 @@ class Bench:
     device: torch.device = field(default_factory=resolve_device)
     """Of the student."""
 
+    echo: Callable[[str], object] = _logger.info
+    """Where each line goes."""
+
     results: dict[str, Any] = field(default_factory=dict)
     """By section, as they are stored."""
 
@@ -58,18 +63,18 @@ class Bench:
             raise ValueError(f"there is no section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
         self.output.mkdir(parents=True, exist_ok=True)
         self.results["host"] = _describe(self.device)
-        _say(" ".join(f"{k}: {v}" for k, v in self.results["host"].items()))
+        self.echo(" ".join(f"{k}: {v}" for k, v in self.results["host"].items()))
         fine = True
         for name in sections:
             rows = self.results[name] = []
-            _say(f"\n== {name}")
+            self.echo(f"\n== {name}")
             start = time.perf_counter()
             for row in getattr(self, f"_{name}")():
                 rows.append(row)
                 fine &= "error" not in row
-                _say("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
+                self.echo("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
                 self._store()
-            _say(f"({time.perf_counter() - start:.0f} s)")
+            self.echo(f"({time.perf_counter() - start:.0f} s)")
         return fine
 
     @property
@@ -93,7 +98,7 @@ class Bench:
             if "out of memory" in str(error):
                 torch.cuda.empty_cache()
                 return row | {"error": "out of memory"}
-            _say("".join(traceback.format_exception(error)[-6:]))
+            self.echo("".join(traceback.format_exception(error)[-6:]))
             return row | {"error": f"{type(error).__name__}: {str(error)[:300]}"}
 
     def _agreement(self) -> Iterator[dict[str, Any]]:
@@ -112,7 +117,7 @@ class Bench:
             try:
                 positions = self._relaxed(structure)
             except Exception as error:
-                _say("".join(traceback.format_exception(error)[-6:]))
+                self.echo("".join(traceback.format_exception(error)[-6:]))
                 continue
             yield n, structure._replace(positions=positions)
 
@@ -173,12 +178,9 @@ class Bench:
             )  # fmt: skip
             yield self._guarded({"atoms": len(structure.numbers), "precision": precision}, measure)
 
-    def _batch(self) -> Iterator[dict[str, Any]]:
-        return iter(())
-
     def _profile(self) -> Iterator[dict[str, Any]]:
         if self.device.type != "cuda":
-            _say("needs a GPU")
+            self.echo("needs a GPU")
             return
         potential = self.source.load(device=self.device, precision="double")
         for n, structure in self._structures():
@@ -190,6 +192,44 @@ class Bench:
                     yield row | entry
                 if "error" in found:
                     yield found
+
+
+def run_bench_command(
+    model: str | None,
+    *,
+    sections: str,
+    sizes: str,
+    engines: str,
+    precisions: str,
+    device: str | None,
+    output: Path,
+    echo: Callable[[str], object],
+) -> bool:
+    """What `mlffd bench` does; lists are separated by commas. Whether nothing failed.
+
+    Raises
+    ------
+    ValueError
+        If a word or a number in the lists is not known, or the device or student is not there.
+    """
+    for words, known in [
+        (sections, SECTIONS), (engines, ENGINES), (precisions, PRECISIONS),
+    ]:  # fmt: skip
+        for word in words.split(","):
+            if word not in known:
+                raise ValueError(f"{word!r} is none of {', '.join(known)}")
+    if not all(n.isdecimal() and int(n) > 1 for n in sizes.split(",")):
+        raise ValueError(f"sizes must be numbers of atoms with commas between, got {sizes!r}")
+    bench = Bench(
+        source=StudentSource.find(model),
+        output=output,
+        sizes=[int(n) for n in sizes.split(",")],
+        engines=engines.split(","),
+        precisions=precisions.split(","),
+        device=resolve_device(device),
+        echo=echo,
+    )
+    return bench.run(sections.split(","))
 
 
 def _describe(device: torch.device) -> dict[str, str]:
@@ -206,7 +246,3 @@ def _describe(device: torch.device) -> dict[str, str]:
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float | np.floating) else str(value)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -110,7 +110,7 @@ class StudentComputation:
 def _upgraded(settings: ComputationSettings) -> ComputationSettings:
     """The settings as the newest version has them."""
     if settings["version"] == 1:
-        return settings | ComputationSettings(version=VERSION, kernels="auto")  # type: ignore[typeddict-item, return-value]
+        return settings | ComputationSettings(version=VERSION, kernels="auto")  # type: ignore[typeddict-item]
     if settings["version"] != VERSION:
         raise ValueError(
             f"this System was stored in version {settings['version']} of the format, and this "

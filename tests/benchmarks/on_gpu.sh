@@ -18,7 +18,7 @@ part() { # NAME SECONDS COMMAND...
 bench() { # SECONDS SECTION OPTIONS...
     local seconds=$1 section=$2
     shift 2
-    part "$section" "$seconds" "$python" -m openmm_mlffd.bench --sections "$section" --output "$out/$section" "$@"
+    part "$section" "$seconds" "$python" -m openmm_mlffd.cli bench --sections "$section" --output "$out/$section" "$@"
     mv "$out/$section/bench.json" "$out/$section.json" 2>/dev/null
     rmdir "$out/$section" 2>/dev/null
 }

@@ -68,6 +68,7 @@ STUDENTS = [
     {"n_channels": 5, "n_basis": 30},
     {"energy_bound": 0.05},
     {"cutoff": 2.0},
+    {"norm_softening": 0.3},
     {"references": [-13.0, -1000.0, -1400.0, -2000.0]},
 ]
 
