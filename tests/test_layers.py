@@ -20,7 +20,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "facts": ("units elements", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "graph neighbors painn potential radial repulsion",
+        "graph neighbors painn potential radial repulsion tail variants",
         "facts kernels physics",
         "torch numpy",
     ),
@@ -43,7 +43,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "training": (
         "training training.*",
         "facts physics files adapter training sources teachers",
-        "torch numpy h5py omegaconf yaml tqdm",
+        "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib",
     ),
     "validation": (
         "validation validation.*",
@@ -63,10 +63,12 @@ ONLY_IN = {
     "rdkit": "validation.* training.sources",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
-    "h5py": "training.hdf5 training.starter",
+    "h5py": "training.hdf5 training.hessian training.starter",
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
-    "matplotlib": "validation.*",
+    "matplotlib": "validation.* training.plots",
+    "optuna": "training.tune",
+    "wandb": "training.boards",
     "typer": "cli",
 }
 

@@ -19,7 +19,8 @@ from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import ConfigError, DataConfig, OptimizerConfig
 from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset
-from openmm_mlffd.training.train import Trainer, TrainingError, learning_rate, pick_device, train
+from openmm_mlffd.training.schedule import learning_rate
+from openmm_mlffd.training.train import Trainer, TrainingError, pick_device, train
 
 OFFSETS = [-13.6, -1029.4, -2043.7]  # planted in the Morse clusters
 CPU = torch.device("cpu")
