@@ -227,10 +227,11 @@ def message_sum(
     x, y = gathered.split(n_channels, dim=1)
     message = y.unsqueeze(1) * directions.unsqueeze(2)  # (E, 3, C)
     if vectors is not None:
-        b = filters[:, 2 * n_channels :].unsqueeze(1)
+        b = filters[:, 2 * n_channels :].unsqueeze(1).to(message.dtype)
         message = torch.addcmul(message, b, vectors.index_select(0, sender))
-    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=x.dtype, device=x.device)
+    # features of lower precision are summed in that of the directions
+    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=message.dtype, device=x.device)
     return (
-        zeros[:, 0].index_add(0, receiver, x),
+        zeros[:, 0].index_add(0, receiver, x.to(message.dtype)),
         zeros[:, 1:].index_add(0, receiver, message),
     )

@@ -1,5 +1,7 @@
 """PaiNN with other filters, partial charges and a long-range tail."""
 
+from typing import Final
+
 import torch
 from torch import Tensor, nn
 
@@ -38,15 +40,21 @@ class SplineBasis(nn.Module):
         return (outer * outer * outer - 4.0 * inner * inner * inner) / 6.0
 
 
-class PairInteraction(Interaction):
-    """Message block whose filters are scaled, channel by channel, for each pair of elements."""
+class VariantInteraction(Interaction):
+    """Message block whose filters may be scaled for each pair of elements, channel by channel."""
 
-    def __init__(self, n_channels: int, n_basis: int, first: bool, n_elements: int) -> None:
+    has_pairs: Final[bool]
+
+    def __init__(
+        self, n_channels: int, n_basis: int, first: bool, *, n_elements: int, pairs: bool
+    ) -> None:
         super().__init__(n_channels, n_basis, first)
-        self.pair_scale = nn.Embedding(n_elements * n_elements, self.filter.out_features)
-        nn.init.ones_(self.pair_scale.weight)
+        self.has_pairs = pairs
+        if pairs:
+            self.pair_scale = nn.Embedding(n_elements * n_elements, self.filter.out_features)
+            nn.init.ones_(self.pair_scale.weight)
 
-    def scaled(
+    def forward(  # type: ignore[override]
         self,
         scalars: Tensor,
         vectors: Tensor | None,
@@ -58,12 +66,14 @@ class PairInteraction(Interaction):
         """As `Interaction.forward`; `pair` is the index of each edge's pair, ``(n_edges,)``."""
         n = 2 * self.n_channels
         phi = self.context(scalars)
-        filters = self.filter(basis) * self.pair_scale(pair)
+        filters = self.filter(basis)
+        if self.has_pairs:
+            filters = filters * self.pair_scale(pair)
         if vectors is None:
             ds, dv = reference.message_sum(phi, None, filters, directions, edge_index)
             return scalars + ds, dv
-        moved = vectors * phi[:, n:].unsqueeze(1)
-        ds, dv = reference.message_sum(phi[:, :n], moved, filters, directions, edge_index)
+        scaled = vectors * phi[:, n:].unsqueeze(1)
+        ds, dv = reference.message_sum(phi[:, :n], scaled, filters, directions, edge_index)
         return scalars + ds, vectors + dv
 
 
@@ -89,7 +99,15 @@ class VariantPaiNN(nn.Module):
         Reach of the tail [Å]; None for no tail.
     energy_scale
         Energy [eV] of the unit in which energies are given; the tail's are converted.
+
+    Raises
+    ------
+    ValueError
+        If there is a tail without charges, or one shorter than the cutoff.
     """
+
+    has_charges: Final[bool]
+    has_tail: Final[bool]
 
     def __init__(
         self,
@@ -118,21 +136,22 @@ class VariantPaiNN(nn.Module):
         self.energy_scale = energy_scale
         self.has_charges = charges
         self.has_tail = tail_cutoff is not None
-        self.has_pairs = pair_filters
         self.embedding = nn.Embedding(n_elements, n_channels)
         self.basis = (RadialBasis if filters == "sine" else SplineBasis)(n_basis, cutoff)
         self.interactions = nn.ModuleList(
             [
-                PairInteraction(n_channels, n_basis, i == 0, n_elements)
-                if pair_filters
-                else Interaction(n_channels, n_basis, first=i == 0)
+                VariantInteraction(
+                    n_channels, n_basis, i == 0, n_elements=n_elements, pairs=pair_filters
+                )
                 for i in range(n_interactions)
             ]
         )
         self.mixings = nn.ModuleList([Mixing(n_channels) for _ in range(n_interactions)])
         self.readout = _mlp(n_channels, n_channels // 2, 1)
-        self.charge_readout = _mlp(n_channels, n_channels // 2, 1) if charges else nn.Identity()
-        self.tail = LongRangeTail(numbers, tail_cutoff) if tail_cutoff else nn.Identity()
+        if charges:
+            self.charge_readout = _mlp(n_channels, n_channels // 2, 1)
+        if tail_cutoff is not None:
+            self.tail = LongRangeTail(numbers, tail_cutoff)
 
     def forward(
         self,
@@ -200,11 +219,6 @@ class VariantPaiNN(nn.Module):
         scalars = self.embedding(species)
         vectors: Tensor | None = None
         for interaction, mixing in zip(self.interactions, self.mixings):  # noqa: B905 (TorchScript)
-            if self.has_pairs:
-                scalars, vectors = interaction.scaled(
-                    scalars, vectors, basis, pair, directions, edge_index
-                )
-            else:
-                scalars, vectors = interaction(scalars, vectors, basis, directions, edge_index)
+            scalars, vectors = interaction(scalars, vectors, basis, pair, directions, edge_index)
             scalars, vectors = mixing(scalars, vectors)
         return scalars

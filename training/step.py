@@ -129,7 +129,13 @@ class LossGradient:
         differentiate.
         """
         leaves = [w.detach().requires_grad_(True) for w in weights]
-        return make_fx(self.__call__, tracing_mode="fake")(leaves, list(batch), totals, factors)
+
+        def gradient(  # not self.__call__, of which the tracer would want `self` as an argument
+            weights: list[Tensor], batch: list[Tensor], totals: Tensor, factors: Tensor
+        ) -> tuple[Tensor, list[Tensor]]:
+            return self(weights, batch, totals, factors)
+
+        return make_fx(gradient, tracing_mode="fake")(leaves, list(batch), totals, factors)
 
 
 class _SkippingAdamW(torch.optim.AdamW):
