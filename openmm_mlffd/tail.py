@@ -48,8 +48,8 @@ class LongRangeTail(nn.Module):
     box in which it would be wrong, but neither any interaction beyond the cutoff.
 
     Dispersion: -√(C_i C_j) [1 / (r⁶ + d⁶) - shift(r)], d the `DAMPING` times the sum of the
-    covalent radii (Becke and Johnson's form), C the C6 coefficients of free atoms times a trained
-    factor for each element.
+    covalent radii (Becke and Johnson's form), C a coefficient for each element that is trained and
+    starts at that of the free atom.
 
     Parameters
     ----------
@@ -65,11 +65,9 @@ class LongRangeTail(nn.Module):
         self.coulomb = COULOMB
         self.width = 2.0 * SMEARING
         c6 = [_C6.get(z, _C6_OTHER) * HARTREE * BOHR**6 for z in numbers]
-        radii = [DAMPING * COVALENT_RADII[z] for z in numbers]
-        # constants, not weights: neither in files, nor rounded by .float(), as in ZBL
-        self._root_c6 = torch.tensor([math.sqrt(c) for c in c6], dtype=torch.float64, device="cpu")
-        self._radii = torch.tensor(radii, dtype=torch.float64, device="cpu")
-        self.log_factor = nn.Parameter(torch.zeros(len(numbers)))
+        self.log_c6 = nn.Parameter(torch.tensor([math.log(c) for c in c6]))
+        # on the device, since steps that are replayed cannot fetch from the host, and in the file
+        self.register_buffer("radii", torch.tensor([DAMPING * COVALENT_RADII[z] for z in numbers]))
 
     def forward(
         self, distances: Tensor, charges: Tensor, species: Tensor, edge_index: Tensor
@@ -90,8 +88,8 @@ class LongRangeTail(nn.Module):
         receiver, sender = edge_index[0], edge_index[1]
         r = distances.clamp(max=self.cutoff)
         pairs = self.coulomb * charges[receiver] * charges[sender] * self._coulomb(r)
-        root = self._root_c6.to(r)[species] * torch.exp(0.5 * self.log_factor.to(r)[species])
-        radii = self._radii.to(r)[species]
+        root = torch.exp(0.5 * self.log_c6)[species].to(r.dtype)
+        radii = self.radii[species].to(r.dtype)
         damping = radii[receiver] + radii[sender]
         pairs = pairs - root[receiver] * root[sender] * self._dispersion(r, damping)
         origin = torch.zeros([1], dtype=r.dtype, device=r.device)

@@ -67,6 +67,7 @@ class ResidentStep:
         self._alone = alone
         self._graph: torch.cuda.CUDAGraph | None = None
         self._ready = False
+        self.shortfall = ""
         self._parts: list[NDArray[np.int64]] = []
         self._indices = self._index[None]
         self._all_totals = self._totals[None]
@@ -80,6 +81,18 @@ class ResidentStep:
     def is_graph(self) -> bool:
         """Whether steps are replayed."""
         return self._graph is not None
+
+    @property
+    def padding(self) -> float:
+        """Share of the places for atoms that are padding, in the batches of this epoch."""
+        if not self.padded:
+            return 0.0
+        real = sum(self.real_atoms(i) for i in range(len(self._parts)))
+        return 1 - real / (self.capacity.atoms * len(self._parts))
+
+    def real_atoms(self, number: int) -> int:
+        """Atoms of one of the batches."""
+        return int(self._structures.n_atoms[self._parts[number]].sum())
 
     def load_epoch(self, parts: list[NDArray[np.int64]], totals: NDArray[np.float64]) -> None:
         """Bring the batches of an epoch, and what their losses are divided by, to the device."""
@@ -123,12 +136,14 @@ class ResidentStep:
         self._ready = True
         if self._wants_compile:
             batch = self._structures.batch(self._index, self.capacity)
-            self._step.compile(batch, self._totals)
+            if not self._step.compile(batch, self._totals):
+                self.shortfall += "not compiled; "
         if self._wants_graph:
             try:
                 self._graph = record(self._recorded, self._step)
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
+                self.shortfall += "not recorded as a graph; "
                 log.warning("the step is not a CUDA graph (%s); it runs launch by launch", reason)
 
 

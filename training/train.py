@@ -160,8 +160,11 @@ class Trainer:
         tf32_before, matmul.allow_tf32 = matmul.allow_tf32, self.config.tf32
         handlers = self._catch_signals()
         show = self.processes.is_first
+        # graphs and compiled kernels run on the current device
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
             with (
+                current,
                 self._boards() as board,
                 tqdm(
                     total=n_steps,
@@ -215,6 +218,31 @@ class Trainer:
                 return
         p.epoch += 1
         p.batch = 0
+
+    def steps(self) -> Iterator[int]:
+        """Do step after step without end and without files; gives the atoms of each.
+
+        For measurements: the learning rate is that of the first step.
+        """
+        while True:
+            for batch in self._work():
+                self._step(batch, learning_rate(0, self.n_steps, self.config.optimizer))
+                if isinstance(batch, TrainingBatch):
+                    yield len(batch.species)
+                else:
+                    assert self._resident is not None
+                    yield self._resident.step.real_atoms(batch)
+            self.progress.epoch = (self.progress.epoch + 1) % self.config.epochs
+
+    @property
+    def padding(self) -> float:
+        """Share of the places for atoms that are padding, in the batches of the present epoch."""
+        return 0.0 if self._resident is None else self._resident.step.padding
+
+    @property
+    def shortfall(self) -> str:
+        """What was asked for and could not be had; empty if nothing."""
+        return "" if self._resident is None else self._resident.step.shortfall
 
     def _work(self) -> Iterator[int | TrainingBatch]:
         """Batches of the rest of this epoch: their numbers where the data are on the device."""

@@ -1,10 +1,12 @@
 import copy
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from openmm_mlffd.modelfile import make_potential
 from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import LossConfig, OptimizerConfig, TrainConfig
 from openmm_mlffd.training.flat import FlatWeights
@@ -109,6 +111,35 @@ def test_traced_gradient_is_that_of_autograd(student, batch, hessian):
     np.testing.assert_allclose(same, terms, rtol=1e-10)
     for a, b in zip(gradient, written_out, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-10)
+
+
+def test_traced_gradient_of_a_student_with_charges_and_tail(make_header, make_structures):
+    architecture = {
+        "kind": "painn-variant",
+        "n_channels": 8,
+        "n_interactions": 2,
+        "n_basis": 6,
+        "filters": "spline",
+        "pair_filters": True,
+        "charges": True,
+        "tail": True,
+        "message_cutoff": 3.0,
+    }
+    header = make_header(elements=["H", "C", "O"], references=[0.0] * 3, cutoff=5.0)
+    student = make_potential(replace(header, architecture=architecture)).double().train()
+    batch = training_batch(make_batch(make_structures(8), student, CPU), student)
+    config = TrainConfig(data=None, loss=LossConfig(charges=1.0))
+    step = TrainingStep(student, copy.deepcopy(student), config)
+    arguments = (list(batch), count_totals(batch, 0.3).double(), torch.ones(6).double())
+    terms, gradient = step.loss_gradient(step.weights, *arguments)
+    traced = step.loss_gradient.traced(step.weights, *arguments)
+    with torch.no_grad():
+        same, written_out = traced([w.detach() for w in step.weights], *arguments)
+    np.testing.assert_allclose(same, terms, rtol=1e-12)
+    assert terms[TERMS.index("charges")] > 0
+    for a, b in zip(gradient, written_out, strict=True):
+        assert a.abs().max() > 0
+        np.testing.assert_allclose(a, b, atol=1e-12)
 
 
 @pytest.mark.slow
