@@ -29,6 +29,7 @@ DEFAULT = "default"
 _KEY = "mlffd"
 _CHOICES = ("filters", "pair_filters", "charges", "tail", "message_cutoff")
 _LIMITS = {"n_channels": 4096, "n_interactions": 32, "n_basis": 512}
+_FIRST_SOFTENING = 1e-4  # of the files that do not say what theirs is
 
 
 class ModelFileError(ValueError):
@@ -43,8 +44,8 @@ class StudentHeader:
     """Name of the student."""
 
     architecture: dict[str, Any]
-    """`kind` ("painn"), `n_channels`, `n_interactions`, `n_basis`; of "painn-variant" also
-    `filters`, `pair_filters`, `charges`, `tail`, `message_cutoff`."""
+    """`kind` ("painn"), `n_channels`, `n_interactions`, `n_basis`, `norm_softening`; of
+    "painn-variant" also `filters`, `pair_filters`, `charges`, `tail`, `message_cutoff`."""
 
     elements: list[str]
     """Chemical symbols, in the order of the species index."""
@@ -137,12 +138,13 @@ def make_potential(header: StudentHeader) -> Potential:
     """
     sizes = dict(header.architecture)
     kind = sizes.pop("kind", None)
+    softening = sizes.pop("norm_softening", _FIRST_SOFTENING)
     known = {"painn": set(_LIMITS), "painn-variant": set(_LIMITS) | set(_CHOICES)}
     if kind not in known or set(sizes) != known[kind]:
         raise ModelFileError(
             f"{header.name}: architecture {header.architecture} is not known to openmm-mlffd "
-            f"{openmm_mlffd.__version__}; it knows kind 'painn' with {', '.join(_LIMITS)}, and "
-            f"'painn-variant' with {', '.join(_CHOICES)} besides"
+            f"{openmm_mlffd.__version__}; it knows kind 'painn' with {', '.join(_LIMITS)}, "
+            f"norm_softening, and 'painn-variant' with {', '.join(_CHOICES)} besides"
         )
     for key in _LIMITS:
         value = sizes[key]
@@ -157,6 +159,8 @@ def make_potential(header: StudentHeader) -> Potential:
                 f"{header.name}: cutoff, energy scale and reference energies must be finite "
                 f"numbers, got {value!r}"
             )
+    if not (isinstance(softening, int | float) and 0 < softening < math.inf):
+        raise ModelFileError(f"{header.name}: norm_softening must be positive, got {softening!r}")
     bound = header.energy_bound
     if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
         raise ModelFileError(f"{header.name}: the energy bound must be positive, got {bound!r}")
@@ -174,9 +178,9 @@ def make_potential(header: StudentHeader) -> Potential:
         raise ModelFileError(f"{header.name}: an element is listed twice: {header.elements}")
     network: PaiNN | VariantPaiNN
     if kind == "painn":
-        network = PaiNN(len(numbers), cutoff=header.cutoff, **sizes)
+        network = PaiNN(len(numbers), cutoff=header.cutoff, norm_softening=softening, **sizes)
     else:
-        network = _make_variant(header, sizes, numbers)
+        network = _make_variant(header, sizes, numbers, softening)
     return Potential(
         network,
         numbers,
@@ -188,7 +192,7 @@ def make_potential(header: StudentHeader) -> Potential:
 
 
 def _make_variant(
-    header: StudentHeader, settings: dict[str, Any], numbers: list[int]
+    header: StudentHeader, settings: dict[str, Any], numbers: list[int], softening: float
 ) -> VariantPaiNN:
     cutoff, tail = settings.pop("message_cutoff"), settings.pop("tail")
     if settings["filters"] not in FILTERS:
@@ -217,6 +221,7 @@ def _make_variant(
         cutoff=cutoff,
         tail_cutoff=header.cutoff if tail else None,
         energy_scale=header.energy_scale,
+        norm_softening=softening,
         **settings,
     )
 
@@ -369,6 +374,12 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_described(potential: Potential, header: StudentHeader) -> None:
+    softening = header.architecture.get("norm_softening", _FIRST_SOFTENING)
+    if softening != potential.network.norm_softening:
+        raise ValueError(
+            f"the header must describe the potential: its norm_softening is {softening}, the "
+            f"potential's {potential.network.norm_softening}"
+        )
     described = {
         "elements": [symbol(z) for z in potential.numbers],
         "references": potential.references,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_mlffd.kernels import reference
-from openmm_mlffd.painn import Interaction, Mixing, _mlp
+from openmm_mlffd.painn import NORM_SOFTENING, Interaction, Mixing, _mlp
 from openmm_mlffd.radial import RadialBasis, compress_core, distances_and_directions
 from openmm_mlffd.tail import LongRangeTail
 
@@ -87,7 +87,7 @@ class VariantPaiNN(nn.Module):
     ----------
     numbers
         Atomic numbers of the elements.
-    n_channels, n_interactions, n_basis, cutoff
+    n_channels, n_interactions, n_basis, cutoff, norm_softening
         As of `PaiNN`; with ``filters="spline"``, `n_basis` is the number of knots.
     filters
         "sine" or "spline".
@@ -117,6 +117,7 @@ class VariantPaiNN(nn.Module):
         n_interactions: int = 3,
         n_basis: int = 20,
         cutoff: float = 5.0,
+        norm_softening: float = NORM_SOFTENING,
         filters: str = "sine",
         pair_filters: bool = False,
         charges: bool = False,
@@ -131,6 +132,7 @@ class VariantPaiNN(nn.Module):
             )
         n_elements = len(numbers)
         self.n_channels = n_channels
+        self.norm_softening = norm_softening
         self.n_elements = n_elements
         self.cutoff = cutoff
         self.energy_scale = energy_scale
@@ -146,7 +148,9 @@ class VariantPaiNN(nn.Module):
                 for i in range(n_interactions)
             ]
         )
-        self.mixings = nn.ModuleList([Mixing(n_channels) for _ in range(n_interactions)])
+        self.mixings = nn.ModuleList(
+            [Mixing(n_channels, norm_softening) for _ in range(n_interactions)]
+        )
         self.readout = _mlp(n_channels, n_channels // 2, 1)
         if charges:
             self.charge_readout = _mlp(n_channels, n_channels // 2, 1)

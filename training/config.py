@@ -57,6 +57,9 @@ class ModelConfig:
     cutoff: float = 5.0
     """Neighbor cutoff [Å]."""
 
+    norm_softening: float = 1e-2
+    """Norms of vector features are sqrt(v² + this); less is rougher, and energy drifts."""
+
     filters: str = "sine"
     """Radial filters: "sine" combines `n_basis` waves, "spline" has `n_basis` knots."""
 
@@ -138,6 +141,9 @@ class OptimizerConfig:
 
     ema_decay: float = 0.999
     """Decay of the moving average of the weights, which is what is validated and saved."""
+
+    muon: bool = False
+    """Move weight matrices by their orthogonalized momentum (Muon); AdamW moves the rest."""
 
     average: str = "ema"
     """"ema", or "swa": the plain mean of the weights since `swa_start`."""

@@ -14,7 +14,8 @@ from openmm_mlffd.training.hdf5 import Dataset
 
 def architecture_of(model: ModelConfig) -> dict[str, Any]:
     """Architecture as in a student's header; plain PaiNN where nothing else is asked for."""
-    sizes = {k: getattr(model, k) for k in ("n_channels", "n_interactions", "n_basis")}
+    names = ("n_channels", "n_interactions", "n_basis", "norm_softening")
+    sizes = {k: getattr(model, k) for k in names}
     tail = model.tail_cutoff is not None
     if model.filters == "sine" and not (model.pair_filters or model.charges or tail):
         return {"kind": "painn", **sizes}
@@ -66,5 +67,7 @@ def portable(config: TrainConfig) -> dict[str, Any]:
     values = asdict(config)
     values["data"]["files"] = [Path(f).name for f in config.data.files]
     values["data"]["hessians"] = [Path(f).name for f in config.data.hessians]
+    if config.initial is not None:
+        values["initial"] = Path(config.initial).name
     del values["output"]
     return values

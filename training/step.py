@@ -13,6 +13,7 @@ from openmm_mlffd.potential import Potential
 from openmm_mlffd.training.config import TrainConfig
 from openmm_mlffd.training.flat import FlatWeights
 from openmm_mlffd.training.loss import TERMS, NetworkPrediction, loss_terms
+from openmm_mlffd.training.muon import Muon
 from openmm_mlffd.training.targets import BatchTotals, TrainingBatch, scatter_gradient
 
 log = logging.getLogger(__name__)
@@ -183,6 +184,7 @@ class TrainingStep:
             fused=True,
             capturable=on_gpu,
         )
+        self.muon = Muon(potential.network, self._flat) if config.optimizer.muon else None
         # learning rate, weight of the newest in the average, epoch, batch, factors of the loss
         self._controls = torch.zeros(4 + len(TERMS), device=device)
         self.bad_steps = torch.zeros((), device=device)
@@ -243,6 +245,8 @@ class TrainingStep:
         scale = (self._config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
         # a NaN would stay in the gaps between the parameters, which no step writes
         gradient.mul_(torch.where(finite, scale, 1.0))
+        if self.muon is not None:
+            self.muon.step(self._controls[0], finite)
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         self._average.weights.lerp_(self._flat.weights, self._controls[1].to(gradient.dtype))
@@ -269,6 +273,7 @@ class TrainingStep:
             self._average.weights,
             self.bad_steps,
             self.last_bad,
+            *(self.muon.state() if self.muon is not None else ()),
             *(of_optimizer[k] for k in sorted(of_optimizer)),
         ]
 

@@ -125,6 +125,7 @@ class Trainer:
             self.potential, self.average, config, reduce=self.processes.sum if several else None
         )
         self.progress = Progress()
+        self._initial: dict[str, Any] | None = None  # where the weights came from
         self._stop = False
         self._resident: ResidentData | None = None
         if (self.folder / CHECKPOINT).exists():
@@ -377,6 +378,9 @@ class Trainer:
             "metrics": metrics,
             "training": {"steps": self.progress.step, "config": portable(self.config)},
         }
+        if self._initial is not None:
+            new["training"]["initial"] = self._initial
+            new["dataset"] = _all_seen(self.header.dataset, self._initial["dataset"])
         header = StudentHeader(**(asdict(self.header) | new))
         save_student(self.folder / STUDENT, self.average, header)
 
@@ -385,13 +389,16 @@ class Trainer:
         self._count_bad_steps()
         if not self.processes.is_first:
             return
+        step = self.training_step
         state = {
             "config": asdict(self.config),
             "references": self.potential.references,
             "potential": self.potential.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
             "progress": asdict(self.progress),
+            "initial": self._initial,
+            "muon": None if step.muon is None else step.muon.state(),
         }
         temporary = self.folder / (CHECKPOINT + ".tmp")
         try:
@@ -436,14 +443,19 @@ class Trainer:
         self.potential.load_state_dict(state["potential"])
         self.average.load_state_dict(state["average"])
         self.training_step.load_optimizer(state["optimizer"])
+        if self.training_step.muon is not None:
+            self.training_step.muon.load(state["muon"])
         self.progress = Progress(**state["progress"])
         self._set_references(state["references"])
+        self._initial = state.get("initial")
         log.info("resumed from %s at step %d", path, self.progress.step)
 
     def _start_from(self, path: str) -> None:
         initial = load_student(path, device=self.device)
         for name in ("architecture", "elements", "cutoff", "energy_scale"):
             mine, theirs = getattr(self.header, name), getattr(initial.header, name)
+            if name == "architecture":  # weights may learn to live with another softening
+                mine, theirs = ({**a, "norm_softening": None} for a in (mine, theirs))
             if mine != theirs:
                 raise ConfigError(
                     f"initial: {path} has {name} {theirs}, this run {mine}; they must be the same"
@@ -451,6 +463,8 @@ class Trainer:
         self.potential.load_state_dict(initial.state_dict())
         self.average.load_state_dict(initial.state_dict())
         self._set_references(initial.header.references)
+        names = ("name", "sha256", "architecture", "dataset", "training")
+        self._initial = {name: getattr(initial.header, name) for name in names}
 
     def _set_references(self, references: list[float]) -> None:
         self.potential.references = list(references)
@@ -484,6 +498,12 @@ class Trainer:
 def _share_of(structures: Structures, rank: int, count: int) -> Structures:
     n_atoms = np.diff(structures.offsets)
     return take(structures, share(np.arange(len(n_atoms)), n_atoms, count)[rank])
+
+
+def _all_seen(dataset: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The training set of both runs together, where one is a part of the other."""
+    same = all(dataset[name] == earlier.get(name) for name in ("files", "split"))
+    return earlier if same and earlier["train_atoms"] > dataset["train_atoms"] else dataset
 
 
 def train(config: TrainConfig) -> tuple[Potential, Path]:
