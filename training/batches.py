@@ -222,17 +222,27 @@ def _cut(
     return np.split(order, cut_places(n_atoms[order], batch_atoms))
 
 
-def cut_places(n_atoms: NDArray[np.int64], batch_atoms: int) -> list[int]:
-    """Where batches begin, but the first, so that none has more atoms than so many.
+def cut_places(
+    n_atoms: NDArray[np.int64],
+    batch_atoms: int,
+    n_edges: NDArray[np.int64] | None = None,
+    batch_edges: int | None = None,
+) -> list[int]:
+    """Where batches begin, but the first, so that none has more atoms or edges than so many.
 
-    A structure with more atoms is a batch of its own.
+    A structure with more is a batch of its own.
     """
-    ends = np.cumsum(n_atoms)
+    limits = [(np.cumsum(n_atoms), batch_atoms)]
+    if n_edges is not None and batch_edges is not None:
+        limits.append((np.cumsum(n_edges), batch_edges))
     cuts: list[int] = []
     start = 0
     while True:
-        before = ends[start - 1] if start else 0
-        start = max(start + 1, int(np.searchsorted(ends, before + batch_atoms, side="right")))
+        end = min(
+            int(np.searchsorted(ends, (ends[start - 1] if start else 0) + most, side="right"))
+            for ends, most in limits
+        )
+        start = max(start + 1, end)
         if start >= len(n_atoms):
             return cuts
         cuts.append(start)

@@ -180,6 +180,10 @@ class TrainConfig:
     batch_atoms: int = 4000
     """Atoms in a batch."""
 
+    batch_edges: int | None = None
+    """Edges in a batch, at most, of data on the device; about the mean number of edges in
+    `batch_atoms` atoms makes padded batches alike and steps fast. None for no limit."""
+
     seed: int = 0
     """Seed of the weights and of the order of the data."""
 
@@ -203,6 +207,10 @@ class TrainConfig:
 
     checkpoint_every: int = 2000
     """Steps between checkpoints."""
+
+    fit_minutes: float | None = None
+    """Fit the schedules to this time, after which the run is finished; `epochs` is then the
+    largest number of passes. The number of steps depends on the machine's speed."""
 
     max_minutes: float | None = None
     """Stop after this time, with a checkpoint; running the same command again goes on."""

@@ -71,3 +71,9 @@ def portable(config: TrainConfig) -> dict[str, Any]:
         values["initial"] = Path(config.initial).name
     del values["output"]
     return values
+
+
+def all_seen(dataset: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The training set of both runs together, where one is a part of the other."""
+    same = all(dataset[name] == earlier.get(name) for name in ("files", "split"))
+    return earlier if same and earlier["train_atoms"] > dataset["train_atoms"] else dataset

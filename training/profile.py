@@ -44,7 +44,7 @@ class Timing:
     """Kernels, or operations on the CPU, in a step."""
 
     waste: float
-    """Share of the atoms' places that are padding."""
+    """Share of the edges' places that are padding."""
 
     memory_gb: float | None
     """Largest memory of the GPU in use [GB]."""

@@ -258,7 +258,12 @@ def estimated_gb(source: StructureSource, potential: Potential, device: torch.de
 
 
 def plan(
-    n_atoms: NDArray[np.int64], batch_atoms: int, rng: np.random.Generator | None
+    n_atoms: NDArray[np.int64],
+    batch_atoms: int,
+    rng: np.random.Generator | None,
+    *,
+    n_edges: NDArray[np.int64] | None = None,
+    batch_edges: int | None = None,
 ) -> list[NDArray[np.int64]]:
     """One pass over structures: the batches of `StructureSource.batches` with the same generator.
 
@@ -270,9 +275,13 @@ def plan(
         Atoms in a batch, at most.
     rng
         Shuffles; None keeps the order.
+    n_edges, batch_edges
+        Edges of each structure, and in a batch, at most; None for no such limit. It makes
+        batches alike, so that less of the places of padded ones is padding.
     """
     order = np.arange(len(n_atoms)) if rng is None else rng.permutation(len(n_atoms))
-    return np.split(order, cut_places(n_atoms[order], batch_atoms))
+    edges = None if n_edges is None else n_edges[order]
+    return np.split(order, cut_places(n_atoms[order], batch_atoms, edges, batch_edges))
 
 
 def share(

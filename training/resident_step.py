@@ -24,6 +24,7 @@ from openmm_mlffd.training.step import TrainingStep
 log = logging.getLogger(__name__)
 
 _WARM_UP = 3
+_REPLAYED = 1e-3  # largest relative deviation: the order of additions is not fixed
 
 
 class ResidentStep:
@@ -84,11 +85,16 @@ class ResidentStep:
 
     @property
     def padding(self) -> float:
-        """Share of the places for atoms that are padding, in the batches of this epoch."""
+        """Share of the places for edges that are padding, in the batches of this epoch."""
         if not self.padded:
             return 0.0
-        real = sum(self.real_atoms(i) for i in range(len(self._parts)))
-        return 1 - real / (self.capacity.atoms * len(self._parts))
+        real = sum(int(self._structures.n_edges[p].sum()) for p in self._parts)
+        return 1 - real / (self.capacity.edges * len(self._parts))
+
+    @property
+    def mean_atoms(self) -> float:
+        """Atoms of a batch, on average over this epoch."""
+        return sum(self.real_atoms(i) for i in range(len(self._parts))) / len(self._parts)
 
     def real_atoms(self, number: int) -> int:
         """Atoms of one of the batches."""
@@ -140,7 +146,9 @@ class ResidentStep:
                 self.shortfall += "not compiled; "
         if self._wants_graph:
             try:
-                self._graph = record(self._recorded, self._step)
+                graph = record(self._recorded, self._step)
+                check_replay(graph.replay, self._recorded, self._step)
+                self._graph = graph
             except RuntimeError as error:
                 reason = str(error).splitlines()[0]
                 self.shortfall += "not recorded as a graph; "
@@ -203,7 +211,13 @@ class ResidentData:
 
     def _plan(self, epoch: int) -> list[NDArray[np.int64]]:
         rng = np.random.default_rng([self._config.seed, epoch])
-        return plan(self.structures.n_atoms, self._config.batch_atoms, rng)
+        return plan(
+            self.structures.n_atoms,
+            self._config.batch_atoms,
+            rng,
+            n_edges=self.structures.n_edges,
+            batch_edges=self._config.batch_edges,
+        )
 
     def _own(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
         who, n_atoms = self._processes, self.structures.n_atoms
@@ -233,6 +247,28 @@ def record(work: Callable[[], None], step: TrainingStep) -> torch.cuda.CUDAGraph
     finally:
         step.restore(saved)
     return graph
+
+
+def check_replay(replay: Callable[[], None], work: Callable[[], None], step: TrainingStep) -> None:
+    """Compare what a replayed step and the step itself do; both are undone.
+
+    Raises
+    ------
+    RuntimeError
+        If loss or gradient, or the moved weights where the update is a part, differ.
+    """
+    saved = step.snapshot()
+    found = []
+    for way in (work, replay):
+        way()
+        found.append([step.losses.clone(), step.gradient.clone()])
+        step.restore(saved)
+    deviations = [
+        float((b - a).norm() / a.norm().clamp(min=1e-12)) for a, b in zip(*found, strict=True)
+    ]
+    if not max(deviations) < _REPLAYED:
+        raise RuntimeError(f"replayed, loss and gradient differ by the parts {deviations}")
+    log.info("replayed loss and gradient differ by the parts %.1e, %.1e", *deviations)
 
 
 def wants_compile(config: TrainConfig, device: torch.device) -> bool:

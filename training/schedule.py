@@ -1,6 +1,7 @@
 """What changes in the course of a run: learning rate, weights of the loss, averaging."""
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,6 +44,54 @@ def average_weight(step: int, n_steps: int, config: OptimizerConfig) -> float:
     return 1 - min(config.ema_decay, (1 + step) / (10 + step))
 
 
+class Pace:
+    """The clock of a run: when it is over, and how many steps it has time for.
+
+    Parameters
+    ----------
+    config
+        `fit_minutes`, `max_minutes`.
+    before
+        Time that earlier parts of the run took [s].
+    """
+
+    def __init__(self, config: TrainConfig, before: float) -> None:
+        self._fit, self._limit = (
+            math.inf if minutes is None else 60 * minutes
+            for minutes in (config.fit_minutes, config.max_minutes)
+        )
+        self._started = time.monotonic()
+        self._before = before
+        self._first: tuple[int, float] | None = None
+
+    def seconds(self) -> float:
+        """Time spent on the run [s], earlier parts included."""
+        return self._before + time.monotonic() - self._started
+
+    def is_over(self) -> bool:
+        """Whether `max_minutes` have passed."""
+        return time.monotonic() - self._started > self._limit
+
+    def speed(self, step: int) -> float:
+        """Steps per second since the first call of `fitted_steps`; 0 if not known yet."""
+        if self._first is None or step == self._first[0]:
+            return 0.0
+        return (step - self._first[0]) / (self.seconds() - self._first[1])
+
+    def fitted_steps(self, step: int) -> int | None:
+        """Steps that the run will have had after `fit_minutes`; None if that is not set.
+
+        To be called now and then, when all steps up to this one are done. What happens before
+        the first call, as compiling, does not count for the speed.
+        """
+        if self._first is None:
+            self._first = (step, self.seconds())
+        speed = self.speed(step)
+        if math.isinf(self._fit) or not speed:
+            return None
+        return step + max(1, round(speed * (self._fit - self.seconds())))
+
+
 def check_config(config: TrainConfig) -> None:
     """Refuse settings that mean nothing, or nothing together.
 
@@ -56,6 +105,10 @@ def check_config(config: TrainConfig) -> None:
     _one_of("model.filters", model.filters, FILTERS)
     _one_of("optimizer.average", optimizer.average, ("ema", "swa"))
     _one_of("loss.forces_loss", loss.forces_loss, ("huber", "conditional", "l2"))
+    for name in ("fit_minutes", "max_minutes", "batch_edges"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be positive, got {value}")
     if not 0 <= optimizer.swa_start < 1:
         raise ConfigError(f"optimizer.swa_start is a share of the run, got {optimizer.swa_start}")
     if model.tail_cutoff is not None and not (model.charges and model.tail_cutoff >= model.cutoff):

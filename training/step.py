@@ -18,6 +18,8 @@ from openmm_mlffd.training.targets import BatchTotals, TrainingBatch, scatter_gr
 
 log = logging.getLogger(__name__)
 
+_COMPILED = 2e-2  # largest relative deviation of a compiled gradient; TF32 alone makes 1e-3
+
 
 def predict(
     network: nn.Module, batch: TrainingBatch, energy_scale: float, *, hessian: bool = False
@@ -136,7 +138,9 @@ class LossGradient:
         ) -> tuple[Tensor, list[Tensor]]:
             return self(weights, batch, totals, factors)
 
-        return make_fx(gradient, tracing_mode="fake")(leaves, list(batch), totals, factors)
+        # what else a network holds, as the tail's radii, becomes a constant of the graph
+        trace = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)
+        return trace(leaves, list(batch), totals, factors)
 
 
 class _SkippingAdamW(torch.optim.AdamW):
@@ -194,6 +198,11 @@ class TrainingStep:
     def losses(self) -> Tensor:
         """Terms of the last step's loss, over all processes, in the order of `TERMS`."""
         return self._flat.extra
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of all weights, as the last step left it."""
+        return self._flat.gradient
 
     @property
     def weights(self) -> list[nn.Parameter]:
@@ -293,11 +302,22 @@ class TrainingStep:
             def gradient(weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
                 return compiled([w.detach() for w in weights], *rest)
 
-            gradient(weights, list(batch), totals, factors)
+            found = gradient(weights, list(batch), totals, factors)
+            deviation = _deviation(found, self.loss_gradient(weights, list(batch), totals, factors))
+            if not deviation < _COMPILED:
+                raise RuntimeError(f"the compiled gradient differs by a part of {deviation:.1e}")
         except Exception as error:  # compilers fail in many ways, none of which matters here
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("the step is not compiled (%s); it runs uncompiled, slower", reason)
             return False
         self._gradient = gradient
-        log.info("compiled the step in %.0f s", time.monotonic() - started)
+        seconds = time.monotonic() - started
+        log.info("compiled the step in %.0f s; the gradient differs by %.1e", seconds, deviation)
         return True
+
+
+def _deviation(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> float:
+    """Larger of the relative deviations of the losses and of the gradient."""
+    gradients = [torch.cat([g.flatten() for g in side[1]]) for side in (found, expected)]
+    pairs = [(found[0], expected[0]), (gradients[0], gradients[1])]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)

@@ -1,13 +1,9 @@
 """The training loop: seeded, logged, and resumed exactly where it stopped."""
 
 import copy
-import io
 import logging
 import math
-import os
-import pickle
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,17 +20,19 @@ from openmm_mlffd.modelfile import StudentHeader, load_student, make_potential, 
 from openmm_mlffd.potential import Potential
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, prefetch
 from openmm_mlffd.training.boards import Boards
+from openmm_mlffd.training.checkpoint import read_checkpoint, write_checkpoint
 from openmm_mlffd.training.config import ConfigError, TrainConfig
 from openmm_mlffd.training.distributed import Processes
 from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset, Structures, take
-from openmm_mlffd.training.header import portable, rounded, student_header
+from openmm_mlffd.training.header import all_seen, portable, rounded, student_header
 from openmm_mlffd.training.hessian import load_hessians
 from openmm_mlffd.training.loss import TERMS
 from openmm_mlffd.training.references import fit_references, measure_energy_bound
 from openmm_mlffd.training.resident import estimated_gb, share
 from openmm_mlffd.training.resident_step import ResidentData
 from openmm_mlffd.training.schedule import (
+    Pace,
     average_weight,
     check_config,
     learning_rate,
@@ -69,6 +67,9 @@ class Progress:
 
     bad_steps: int = 0
     """Steps left out because the loss or the gradient was not finite."""
+
+    seconds: float = 0.0
+    """Time spent."""
 
     best: float = math.inf
     """Smallest force MAE on the validation set so far [meV/Å]."""
@@ -127,6 +128,8 @@ class Trainer:
         self.progress = Progress()
         self._initial: dict[str, Any] | None = None  # where the weights came from
         self._stop = False
+        self._pace = Pace(config, 0.0)
+        self._fitted_steps: int | None = None
         self._resident: ResidentData | None = None
         if (self.folder / CHECKPOINT).exists():
             self._load_checkpoint()
@@ -154,9 +157,7 @@ class Trainer:
         TrainingError
             If too many steps have a loss or gradient that is not finite.
         """
-        started = time.monotonic()
-        limit = math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
-        n_steps = self.n_steps
+        self._pace = Pace(self.config, self.progress.seconds)
         matmul = torch.backends.cuda.matmul
         tf32_before, matmul.allow_tf32 = matmul.allow_tf32, self.config.tf32
         handlers = self._catch_signals()
@@ -168,16 +169,16 @@ class Trainer:
                 current,
                 self._boards() as board,
                 tqdm(
-                    total=n_steps,
+                    total=self.n_steps,
                     initial=self.progress.step,
                     unit="step",
                     smoothing=0.02,
                     disable=not show,
                 ) as bar,
             ):
-                while self.progress.epoch < self.config.epochs and not self._stop:
-                    self._run_epoch(n_steps, started + limit, board, bar)
-                if not self._stop:
+                while not (self.finished or self._stop):
+                    self._run_epoch(board, bar)
+                if self.finished:
                     self._validate(board)
         finally:
             matmul.allow_tf32 = tf32_before
@@ -188,19 +189,23 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.progress.epoch >= self.config.epochs
+        """Whether all epochs are done, or the time that the run was fitted to has passed."""
+        fit = self.config.fit_minutes
+        is_late = fit is not None and self.progress.seconds >= 60 * fit
+        return self.progress.epoch >= self.config.epochs or is_late
 
     @property
     def n_steps(self) -> int:
         """Steps of the whole run; packing depends a little on the order, schedules do not."""
+        if self._fitted_steps is not None:
+            return self._fitted_steps
         per_epoch = max(1, round(self.source.n_atoms.sum() / self.config.batch_atoms))
         return per_epoch * self.config.epochs
 
-    def _run_epoch(self, n_steps: int, deadline: float, board: Boards | None, bar: tqdm) -> None:
+    def _run_epoch(self, board: Boards | None, bar: tqdm) -> None:
         p, config = self.progress, self.config
         for batch in self._work():
-            lr = learning_rate(p.step, n_steps, config.optimizer)
+            lr = learning_rate(p.step, self.n_steps, config.optimizer)
             self._step(batch, lr)
             p.step += 1
             p.batch += 1
@@ -211,11 +216,11 @@ class Trainer:
                 self._validate(board)
             if p.step % config.checkpoint_every == 0:
                 self.save_checkpoint()
-            if time.monotonic() > deadline:
+            if self._pace.is_over():
                 log.info("time limit reached at step %d", p.step)
                 self._stop = True
             self._stop = self.processes.any(self._stop)
-            if self._stop:
+            if self.finished or self._stop:
                 return
         p.epoch += 1
         p.batch = 0
@@ -237,7 +242,7 @@ class Trainer:
 
     @property
     def padding(self) -> float:
-        """Share of the places for atoms that are padding, in the batches of the present epoch."""
+        """Share of the places for edges that are padding, in the batches of the present epoch."""
         return 0.0 if self._resident is None else self._resident.step.padding
 
     @property
@@ -271,6 +276,13 @@ class Trainer:
             self.device,
             convert=lambda batch: training_batch(batch, self.potential),
         )
+
+    def _atoms_per_second(self) -> float:
+        """Speed since the first steps, validation included."""
+        n_steps = self._pace.speed(self.progress.step)
+        if self._resident is None:
+            return n_steps * self.config.batch_atoms
+        return n_steps * self._resident.step.mean_atoms
 
     def _fits_device(self) -> bool:
         data = self.config.data
@@ -332,7 +344,10 @@ class Trainer:
         )
 
     def _log(self, board: Boards | None, bar: tqdm, lr: float) -> None:
-        self._count_bad_steps()
+        self._count_bad_steps()  # waits for the device, so that the clock is right
+        fitted = self._pace.fitted_steps(self.progress.step) or 0
+        times = self.processes.of_first([self._pace.seconds(), fitted])
+        self.progress.seconds, self._fitted_steps = times[0], int(times[1]) or None
         if board is None:
             return
         terms = dict(zip(TERMS, self.training_step.losses.tolist(), strict=True))
@@ -356,9 +371,10 @@ class Trainer:
                 },
                 self.progress.step,
             )
+            p = self.progress
             tqdm.write(
-                f"step {self.progress.step}: force MAE {r['force_mae']:.1f} "
-                f"RMSE {r['force_rmse']:.1f} meV/Å, energy MAE {r['energy_mae']:.2f} meV/atom, "
+                f"step {p.step} after {p.seconds / 60:.1f} min, {self._atoms_per_second():.0f} "
+                f"atoms/s: force MAE {r['force_mae']:.1f} RMSE {r['force_rmse']:.1f} meV/Å, energy MAE {r['energy_mae']:.2f} meV/atom, "
                 f"angle {r['angle']:.2f}°"
             )
             if r["force_mae"] < self.progress.best:
@@ -380,7 +396,7 @@ class Trainer:
         }
         if self._initial is not None:
             new["training"]["initial"] = self._initial
-            new["dataset"] = _all_seen(self.header.dataset, self._initial["dataset"])
+            new["dataset"] = all_seen(self.header.dataset, self._initial["dataset"])
         header = StudentHeader(**(asdict(self.header) | new))
         save_student(self.folder / STUDENT, self.average, header)
 
@@ -400,46 +416,11 @@ class Trainer:
             "initial": self._initial,
             "muon": None if step.muon is None else step.muon.state(),
         }
-        temporary = self.folder / (CHECKPOINT + ".tmp")
-        try:
-            # not into the file at once: torch.save of a full disk does not raise an OSError
-            content = io.BytesIO()
-            torch.save(state, content)
-            with temporary.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / CHECKPOINT)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_checkpoint(self.folder / CHECKPOINT, state)
 
     def _load_checkpoint(self) -> None:
         path = self.folder / CHECKPOINT
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError(
-                f"{path}: not a checkpoint that can be read ({cause}); remove it to start anew"
-            ) from error
-        before, now = state["config"], asdict(self.config)
-        free = {
-            "output",
-            "device",
-            "max_minutes",
-            "validate_every",
-            "checkpoint_every",
-            "data",
-            "compile",
-            "cuda_graph",
-            "wandb_project",
-        }
-        changed = [k for k in now if k not in free and before.get(k) != now[k]]
-        if changed:
-            raise ConfigError(
-                f"{path} was made with other settings for {', '.join(changed)}; "
-                "give them as they were, or choose another output folder"
-            )
+        state = read_checkpoint(path, self.config, self.device)
         self.potential.load_state_dict(state["potential"])
         self.average.load_state_dict(state["average"])
         self.training_step.load_optimizer(state["optimizer"])
@@ -498,12 +479,6 @@ class Trainer:
 def _share_of(structures: Structures, rank: int, count: int) -> Structures:
     n_atoms = np.diff(structures.offsets)
     return take(structures, share(np.arange(len(n_atoms)), n_atoms, count)[rank])
-
-
-def _all_seen(dataset: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """The training set of both runs together, where one is a part of the other."""
-    same = all(dataset[name] == earlier.get(name) for name in ("files", "split"))
-    return earlier if same and earlier["train_atoms"] > dataset["train_atoms"] else dataset
 
 
 def train(config: TrainConfig) -> tuple[Potential, Path]:
