@@ -96,7 +96,8 @@ def _bounding_boxes(
 ) -> tuple[Tensor, Tensor]:
     """A box with volume for each system: its cell, or around its atoms where not periodic."""
     box = cell.to(positions.dtype).clone()
-    for s in (~pbc.all(1)).nonzero()[:, 0].tolist():
+    box = torch.where(pbc.any(1)[:, None, None], box, torch.eye(3).to(box))
+    for s in (pbc.any(1) & ~pbc.all(1)).nonzero()[:, 0].tolist():
         box[s] = _complete(box[s], pbc[s])
     volume = torch.linalg.det(box).abs()
     if not bool((volume > 1e-6).all()):
@@ -120,8 +121,6 @@ def _bounding_boxes(
 
 def _complete(box: Tensor, pbc: Tensor) -> Tensor:
     """Replace the vectors of directions that are not periodic by perpendicular unit vectors."""
-    if not bool(pbc.any()):
-        return torch.eye(3, dtype=box.dtype, device=box.device)
     box = torch.where(pbc[:, None], box, 0.0)
     if int(pbc.sum()) == 2:
         k = int((~pbc).nonzero()[0, 0])

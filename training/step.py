@@ -220,7 +220,10 @@ class TrainingStep:
         self, rate: float, newest: float, place: tuple[int, int], factors: Sequence[float]
     ) -> None:
         """Set what the host decides about the next step, in one copy."""
-        self._controls.copy_(torch.tensor([rate, newest, *place, *factors]))
+        # pinned and without waiting, so that the host stays ahead of the device
+        pinned = self._controls.device.type == "cuda"
+        new = torch.tensor([rate, newest, *place, *factors], pin_memory=pinned)
+        self._controls.copy_(new, non_blocking=True)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].copy_(self._controls[0])

@@ -374,8 +374,8 @@ class Trainer:
             p = self.progress
             tqdm.write(
                 f"step {p.step} after {p.seconds / 60:.1f} min, {self._atoms_per_second():.0f} "
-                f"atoms/s: force MAE {r['force_mae']:.1f} RMSE {r['force_rmse']:.1f} meV/Å, energy MAE {r['energy_mae']:.2f} meV/atom, "
-                f"angle {r['angle']:.2f}°"
+                f"atoms/s: force MAE {r['force_mae']:.1f} RMSE {r['force_rmse']:.1f} meV/Å, "
+                f"energy MAE {r['energy_mae']:.2f} meV/atom, angle {r['angle']:.2f}°"
             )
             if r["force_mae"] < self.progress.best:
                 self.progress.best = r["force_mae"]
