@@ -74,15 +74,18 @@ def unpack(source: Path, target: Path) -> None:
             raise DatasetError(f"{source}: not a packed dataset")
         head = json.loads(packed.read(int.from_bytes(packed.read(8), "little")))
         temporary = target.with_name(target.name + ".tmp")
-        with h5py.File(temporary, "w") as file:
-            file.attrs.update(head["attributes"])
-            for entry in head["datasets"]:
-                parts = [packed.read(size) for size in entry["sizes"]]
-                if [len(p) for p in parts] != entry["sizes"]:
-                    raise DatasetError(f"{source}: the file ends within {entry['name']}")
-                dataset = file.create_dataset(entry["name"], data=_decode(entry, parts))
-                dataset.attrs.update(entry["attributes"])
-    temporary.rename(target)
+        try:
+            with h5py.File(temporary, "w") as file:
+                file.attrs.update(head["attributes"])
+                for entry in head["datasets"]:
+                    parts = [packed.read(size) for size in entry["sizes"]]
+                    if [len(p) for p in parts] != entry["sizes"]:
+                        raise DatasetError(f"{source}: the file ends within {entry['name']}")
+                    dataset = file.create_dataset(entry["name"], data=_decode(entry, parts))
+                    dataset.attrs.update(entry["attributes"])
+            temporary.rename(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def _encode(name: str, dataset: h5py.Dataset, source: Path) -> tuple[list[bytes], dict[str, Any]]:

@@ -105,7 +105,7 @@ def check_config(config: TrainConfig) -> None:
     _one_of("model.filters", model.filters, FILTERS)
     _one_of("optimizer.average", optimizer.average, ("ema", "swa"))
     _one_of("loss.forces_loss", loss.forces_loss, ("huber", "conditional", "l2"))
-    for name in ("fit_minutes", "max_minutes", "batch_edges"):
+    for name in ("fit_minutes", "batch_edges"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be positive, got {value}")

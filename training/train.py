@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,8 +68,8 @@ class Progress:
     bad_steps: int = 0
     """Steps left out because the loss or the gradient was not finite."""
 
-    seconds: float = 0.0
-    """Time spent."""
+    seconds: float = field(default=0.0, compare=False)
+    """Time spent [s], to the last look at the clock."""
 
     best: float = math.inf
     """Smallest force MAE on the validation set so far [meV/Å]."""

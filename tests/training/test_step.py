@@ -11,6 +11,7 @@ from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import LossConfig, OptimizerConfig, TrainConfig
 from openmm_mlffd.training.flat import FlatWeights
 from openmm_mlffd.training.loss import TERMS, loss_terms
+from openmm_mlffd.training.resident_step import check_replay
 from openmm_mlffd.training.step import TrainingStep, predict
 from openmm_mlffd.training.targets import count_totals, training_batch
 
@@ -206,3 +207,31 @@ def test_snapshot_puts_everything_back(student, batch):
     run(TrainingStep(fresh, copy.deepcopy(fresh), CONFIG), batch)
     for a, b in zip(first, fresh.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_gradient_that_is_wrong_is_not_used(student, batch, caplog, monkeypatch):
+    def miscompiled(traced, **_):
+        def wrong(*arguments):
+            terms, gradients = traced(*arguments)
+            return terms, [1.1 * g for g in gradients]
+
+        return wrong
+
+    monkeypatch.setattr(torch, "compile", miscompiled)
+    step = TrainingStep(student, copy.deepcopy(student), CONFIG)
+    step.set_controls(0.0, 0.0, (0, 0), [1.0] * 6)
+    with caplog.at_level(logging.WARNING):
+        assert not step.compile(batch, count_totals(batch, 0.3))
+    assert "the compiled gradient differs by a part of 1.0e-01" in caplog.text
+
+
+def test_replay_that_does_something_else_is_noticed(student, batch):
+    step = TrainingStep(student, copy.deepcopy(student), CONFIG)
+    step.set_controls(1e-3, 0.1, (0, 0), [1.0] * 6)
+    totals = count_totals(batch, 0.3)
+    before = [p.detach().clone() for p in student.network.parameters()]
+    check_replay(lambda: step.run(batch, totals), lambda: step.run(batch, totals), step)
+    with pytest.raises(RuntimeError, match="replayed, loss and gradient differ"):
+        check_replay(lambda: step.run(batch, 2 * totals), lambda: step.run(batch, totals), step)
+    after = student.network.parameters()
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
