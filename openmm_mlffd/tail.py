@@ -59,6 +59,8 @@ class LongRangeTail(nn.Module):
         Reach [Å].
     """
 
+    radii: Tensor
+
     def __init__(self, numbers: list[int], cutoff: float) -> None:
         super().__init__()
         self.cutoff = cutoff

@@ -97,8 +97,8 @@ def _encode(name: str, dataset: h5py.Dataset, source: Path) -> tuple[list[bytes]
     if name in DECIMALS:
         entry["decimals"] = DECIMALS[name]
         values = _whole(name, values, source)
-    planes = np.ascontiguousarray(values).reshape(-1).view("u1")
-    planes = planes.reshape(-1, values.dtype.itemsize).T
+    content = np.ascontiguousarray(values).reshape(-1).view("u1")
+    planes = content.reshape(-1, values.dtype.itemsize).T
     return [_compressed(p.tobytes()) for p in planes], entry
 
 

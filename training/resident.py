@@ -81,7 +81,7 @@ class ResidentStructures:
         self.n_edges = np.concatenate(edge_counts)
         self._reach: float | None = None
         if getattr(potential.network, "has_tail", False):
-            self._reach = float(potential.network.cutoff)
+            self._reach = float(potential.network.cutoff)  # type: ignore[arg-type]
 
         def starts(count: NDArray[np.int64]) -> Tensor:
             return torch.from_numpy(np.concatenate([[0], np.cumsum(count)])).to(device)

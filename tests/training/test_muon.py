@@ -10,7 +10,8 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
     torch.manual_seed(0)
     for shape in ((2, 8, 8), (1, 24, 8), (3, 8, 24)):
         found = torch.linalg.svdvals(orthogonalized(torch.randn(shape, dtype=torch.float64)))
-        assert float(found.min()) > 0.5 and float(found.max()) < 1.3
+        assert float(found.min()) > 0.5
+        assert float(found.max()) < 1.3
 
 
 def test_orthogonalized_matrix_has_the_directions_of_the_matrix():

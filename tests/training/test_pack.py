@@ -25,7 +25,8 @@ def test_unpacked_dataset_is_the_packed_one(tmp_path):
             else:
                 np.testing.assert_array_equal(b, a)
     with Dataset(SAMPLE) as before, Dataset(tmp_path / "s.h5") as after:
-        assert before.subsets == after.subsets and before.teacher == after.teacher
+        assert before.subsets == after.subsets
+        assert before.teacher == after.teacher
     assert (tmp_path / "s.pack").stat().st_size < 0.5 * SAMPLE.stat().st_size
 
 
