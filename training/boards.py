@@ -47,7 +47,7 @@ class Boards:
                 import wandb
             except ImportError as error:
                 raise ConfigError(
-                    "wandb_project needs Weights & Biases: pip install 'openmm-mlffd[wandb]'"
+                    "wandb_project needs Weights & Biases: pip install wandb"
                 ) from error
             self._run = wandb.init(
                 project=project,

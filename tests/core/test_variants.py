@@ -203,7 +203,8 @@ def test_variant_comes_back_from_its_file(variant, header, ethanol, predict, tmp
     save_student(path, variant, header)
     again = load_student(path, precision="double")
     assert again.header.architecture == header.architecture
-    assert predict(again, ethanol).energy.item() == predict(variant, ethanol).energy.item()
+    energies = [predict(p, ethanol).energy.item() for p in (again, variant)]
+    assert abs(energies[0] - energies[1]) < 1e-12  # where tensors lie decides on the last bits
 
 
 @pytest.mark.parametrize(
