@@ -59,8 +59,6 @@ class LongRangeTail(nn.Module):
         Reach [Å].
     """
 
-    radii: Tensor
-
     def __init__(self, numbers: list[int], cutoff: float) -> None:
         super().__init__()
         self.cutoff = cutoff
@@ -91,7 +89,7 @@ class LongRangeTail(nn.Module):
         r = distances.clamp(max=self.cutoff)
         pairs = self.coulomb * charges[receiver] * charges[sender] * self._coulomb(r)
         root = torch.exp(0.5 * self.log_c6)[species].to(r.dtype)
-        radii = self.radii[species].to(r.dtype)
+        radii = self.radii[species].to(r.dtype)  # type: ignore[index]
         damping = radii[receiver] + radii[sender]
         pairs = pairs - root[receiver] * root[sender] * self._dispersion(r, damping)
         origin = torch.zeros([1], dtype=r.dtype, device=r.device)

@@ -68,7 +68,7 @@ ONLY_IN = {
     "rdkit": "validation.* training.sources",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
-    "h5py": "training.hdf5 training.hessian training.starter",
+    "h5py": "training.hdf5 training.hessian training.pack training.starter",
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
     "matplotlib": "validation.* training.plots",
