@@ -98,7 +98,8 @@ def _bounding_boxes(
 ) -> tuple[Tensor, Tensor]:
     """A box with volume for each system: its cell, or around its atoms where not periodic."""
     box = cell.to(positions.dtype).clone()
-    for s in (~pbc.all(1)).nonzero()[:, 0].tolist():
+    box = torch.where(pbc.any(1)[:, None, None], box, torch.eye(3).to(box))
+    for s in (pbc.any(1) & ~pbc.all(1)).nonzero()[:, 0].tolist():
         box[s] = _complete(box[s], pbc[s])
     volume = torch.linalg.det(box).abs()
     if not bool((volume > 1e-6).all()):
@@ -122,8 +123,6 @@ def _bounding_boxes(
 
 def _complete(box: Tensor, pbc: Tensor) -> Tensor:
     """Replace the vectors of directions that are not periodic by perpendicular unit vectors."""
-    if not bool(pbc.any()):
-        return torch.eye(3, dtype=box.dtype, device=box.device)
     box = torch.where(pbc[:, None], box, 0.0)
     if int(pbc.sum()) == 2:
         k = int((~pbc).nonzero()[0, 0])
@@ -234,11 +233,12 @@ def message_sum(
     x, y = gathered.split(n_channels, dim=1)
     message = y.unsqueeze(1) * directions.unsqueeze(2)  # (E, 3, C)
     if vectors is not None:
-        b = filters[:, 2 * n_channels :].unsqueeze(1)
+        b = filters[:, 2 * n_channels :].unsqueeze(1).to(message.dtype)
         message = torch.addcmul(message, b, vectors.index_select(0, sender))
-    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=x.dtype, device=x.device)
+    # features of lower precision are summed in that of the directions
+    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=message.dtype, device=x.device)
     return (
-        zeros[:, 0].index_add(0, receiver, x),
+        zeros[:, 0].index_add(0, receiver, x.to(message.dtype)),
         zeros[:, 1:].index_add(0, receiver, message),
     )
 

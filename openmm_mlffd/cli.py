@@ -122,19 +122,36 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value, e.g. epochs=3.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure the speed of each way to train instead.")
+    ] = False,
+    profile_json: Annotated[
+        Path | None, typer.Option(help="With --profile: also write the numbers.")
+    ] = None,
 ) -> None:
-    """Train a student; goes on from the checkpoint if there is one."""
+    """Train a student; goes on from the checkpoint if there is one.
+
+    Started by torchrun, all its processes train together.
+    """
     from openmm_mlffd.training.config import load_config
     from openmm_mlffd.training.train import Trainer, TrainingError
 
-    trainer = Trainer(load_config(config, overrides or []))
+    settings = load_config(config, overrides or [])
+    if profile or profile_json is not None:
+        from openmm_mlffd.training.profile import profile_training
+
+        profile_training(settings, output=profile_json, echo=typer.echo)
+        return
+    trainer = Trainer(settings)
     try:
         path = trainer.run()
     except TrainingError as error:
         typer.echo(f"mlffd: {error}", err=True)
         raise typer.Exit(1) from error
-    done = "finished" if trainer.finished else "stopped; the same command goes on"
-    typer.echo(f"{done}: {path}")
+    if trainer.processes.is_first:
+        done = "finished" if trainer.finished else "stopped; the same command goes on"
+        typer.echo(f"{done}: {path}")
+    trainer.processes.close()
 
 
 @app.command()

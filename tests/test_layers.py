@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "process": ("memory", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "fast filters graph neighbors painn potential radial repulsion rows",
+        "fast filters graph neighbors painn potential radial repulsion rows tail variants",
         "facts kernels physics",
         "torch numpy",
     ),
@@ -44,7 +44,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "training": (
         "training training.*",
         "facts physics files adapter training sources teachers",
-        "torch numpy h5py omegaconf yaml tqdm",
+        "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib",
     ),
     "validation": (
         "validation validation.*",
@@ -73,10 +73,12 @@ ONLY_IN = {
     "rdkit": "validation.* training.sources",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
-    "h5py": "training.hdf5 training.starter",
+    "h5py": "training.hdf5 training.hessian training.pack training.starter",
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
-    "matplotlib": "validation.* bench.*",
+    "matplotlib": "validation.* bench.* training.plots",
+    "optuna": "training.tune",
+    "wandb": "training.boards",
     "typer": "cli",
 }
 
