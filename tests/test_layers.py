@@ -25,12 +25,18 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "torch numpy",
     ),
     "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
-    "adapter": ("evaluator", "facts physics files", "torch numpy"),
+    "adapter": (
+        "evaluator novelty",
+        "facts physics files adapter package",
+        "torch numpy safetensors",
+    ),
     "factory": ("interfaces.openmm_factory", "openmm", ""),
+    # the self-test compares the adapter's answer with that of the physics below it
+    "self-test": ("interfaces.openmm_selftest", "physics adapter", "torch numpy"),
     "openmm": (
         "interfaces.openmm_*",
-        "facts files adapter openmm",
-        "numpy openmm openmmml",
+        "facts files adapter openmm self-test",
+        "numpy openmm openmmml ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     # of processes of their own: teachers run where nothing of this project is installed
@@ -51,15 +57,22 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
     "empty": ("interfaces students", "", ""),
-    "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
-    "cli": ("cli", "package facts files adapter training sources validation", "typer"),
+    "package": ("", "physics files ase openmm", ""),  # only lazily: tests/test_import.py
+    "cli": ("cli", "package facts files adapter openmm training sources validation", "typer"),
 }
 
+_OPENMM = (
+    "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
+    "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare validation.*"
+)
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
-    "openmm": "interfaces.openmm_potential validation.*",
-    "openmmml": "interfaces.openmm_potential validation.*",
-    "ase": "interfaces.ase_calculator validation.* training.sources training.teacher_worker",
+    "openmm": _OPENMM,
+    "openmmml": "interfaces.openmm_potential interfaces.openmm_mts validation.*",
+    "ase": (
+        "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
+        "training.teacher_worker"
+    ),
     "rdkit": "validation.* training.sources",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
@@ -182,6 +195,8 @@ def test_no_module_imports_what_the_table_forbids():
         ("evaluator", "def f():\n    import openmm"),
         ("interfaces.ase_calculator", "from openmm_mlffd.interfaces import openmm_force"),
         ("interfaces.openmm_force", "import openmm"),
+        ("interfaces.openmm_selftest", "import openmm"),
+        ("interfaces.openmm_stored", "import ase"),
         ("interfaces.openmm_factory", "import os"),
         ("interfaces.openmm_factory", "from openmm_mlffd.interfaces import openmm_potential"),
         ("cli", "from openmm_mlffd.training.train import Trainer"),
