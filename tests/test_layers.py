@@ -53,7 +53,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "validation": (
         "validation validation.*",
-        "facts files adapter validation",
+        "facts files adapter openmm validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
     "empty": ("interfaces students", "", ""),
@@ -63,12 +63,15 @@ GROUPS: dict[str, tuple[str, str, str]] = {
 
 _OPENMM = (
     "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
-    "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare validation.*"
+    "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare "
+    "interfaces.openmm_untangle validation.*"
 )
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
     "openmm": _OPENMM,
-    "openmmml": "interfaces.openmm_potential interfaces.openmm_mts validation.*",
+    "openmmml": (
+        "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.*"
+    ),
     "ase": (
         "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
         "training.teacher_worker"
