@@ -277,6 +277,42 @@ def prepare(
         raise typer.Exit(1) from error
 
 
+@app.command()
+def mts(
+    structure: Annotated[Path, typer.Argument(help="PDB, CIF or SDF file, with hydrogens.")],
+    teacher: Annotated[
+        str, typer.Option(help="ase:package.module:factory, or the name or path of a student.")
+    ],
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Keyword of the factory as key=value, repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Bundled name or path of a student.")] = None,
+    inner: Annotated[float, typer.Option(help="Time step of the student [fs].")] = 0.5,
+    outer: Annotated[
+        list[int] | None,
+        typer.Option(help="Inner steps for each of the teacher's, repeatable; 2, 4 by default."),
+    ] = None,
+    picoseconds: Annotated[float, typer.Option(help="Length of each run [ps].")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    seed: Annotated[int, typer.Option(help="Seed of the start.")] = 1,
+) -> None:
+    """Multiple time steps against the teacher alone: energies, drift and wall time."""
+    from openmm_mlffd.training.teachers import parse_options
+    from openmm_mlffd.validation.mts import open_teacher, run_mts_command
+
+    run_mts_command(
+        structure,
+        open_teacher(teacher, parse_options(teacher_option or [])),
+        model=model,
+        inner=inner,
+        outer=outer or [2, 4],
+        picoseconds=picoseconds,
+        temperature=temperature,
+        seed=seed,
+        echo=typer.echo,
+    )
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one line, others a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

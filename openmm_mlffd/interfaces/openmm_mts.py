@@ -76,32 +76,47 @@ def respa_system(
     Tuckerman, Berne, Martyna, J. Chem. Phys. 97, 1990 (1992). With a distilled model as the fast
     force: Cattin et al., arXiv 2510.06562.
     """
-    if not isinstance(slow, str | Path) and not hasattr(slow, "get_potential_energy"):
-        raise TypeError(
-            "the teacher must be an ASE calculator, or the name or path of a student, got "
-            f"{type(slow).__name__}"
-        )
     system = MLPotential("mlffd", model=model, modelPath=modelPath).createSystem(
         topology, removeCMMotion=removeCMMotion, **keywords
     )
     fast = RememberingStudent(_settings_of(system))
-    if isinstance(slow, str | Path):
-        teacher = MLPotential("mlffd", model=str(slow)).createSystem(topology, **keywords)
-        answer: StudentComputation | CalculatorTeacher = StudentComputation(_settings_of(teacher))
-    else:
-        answer = CalculatorTeacher(
-            slow, fast.settings["numbers"], fast.settings["periodic"], info or {}
-        )
+    correction = TeacherCorrection(fast, _teacher(topology, slow, fast.settings, info, keywords))
     system.removeForce(0)
     for group, name, function in (
         (FAST_GROUP, "MLFFD", fast),
-        (SLOW_GROUP, "MLFFD teacher correction", TeacherCorrection(fast, answer)),
+        (SLOW_GROUP, "MLFFD teacher correction", correction),
     ):
-        force = openmm.PythonForce(function)
-        force.setName(name)
-        force.setForceGroup(group)
-        force.setUsesPeriodicBoundaryConditions(fast.settings["periodic"])
-        system.addForce(force)
+        _add(system, function, name, group, fast.settings["periodic"])
+    return system
+
+
+def teacher_system(
+    topology: Any,
+    slow: Any,
+    *,
+    info: dict[str, Any] | None = None,
+    removeCMMotion: bool = True,
+    **keywords: Any,
+) -> openmm.System:
+    """Make a System with the teacher alone, to compare one of `respa_system` with.
+
+    Parameters
+    ----------
+    topology, slow, info, removeCMMotion, keywords
+        As for `respa_system`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `respa_system`.
+    """
+    system = MLPotential("mlffd").createSystem(
+        topology, removeCMMotion=removeCMMotion, **keywords
+    )
+    settings = _settings_of(system)
+    function = _teacher(topology, slow, settings, info, keywords)
+    system.removeForce(0)
+    _add(system, function, "teacher", SLOW_GROUP, settings["periodic"])
     return system
 
 
@@ -147,3 +162,29 @@ def _settings_of(system: openmm.System) -> ComputationSettings:
     functions = student_functions(system)
     settings: ComputationSettings = functions[min(functions)].settings
     return settings
+
+
+def _teacher(
+    topology: Any,
+    slow: Any,
+    settings: ComputationSettings,
+    info: dict[str, Any] | None,
+    keywords: dict[str, Any],
+) -> StudentComputation | CalculatorTeacher:
+    if isinstance(slow, str | Path):
+        system = MLPotential("mlffd", model=str(slow)).createSystem(topology, **keywords)
+        return StudentComputation(_settings_of(system))
+    if not hasattr(slow, "get_potential_energy"):
+        raise TypeError(
+            "the teacher must be an ASE calculator, or the name or path of a student, got "
+            f"{type(slow).__name__}"
+        )
+    return CalculatorTeacher(slow, settings["numbers"], settings["periodic"], info or {})
+
+
+def _add(system: openmm.System, function: Any, name: str, group: int, periodic: bool) -> None:
+    force = openmm.PythonForce(function)
+    force.setName(name)
+    force.setForceGroup(group)
+    force.setUsesPeriodicBoundaryConditions(periodic)
+    system.addForce(force)
