@@ -208,7 +208,7 @@ class NoveltyMeter:
             self.species = self.species.to(device)
         if novelty is None:
             novelty = load_novelty(model)
-        _check_student(novelty.header, self.potential, "the statistics")
+        _check_student(novelty.header, self.potential, model)
         self.novelty = novelty
         self._device = torch.device(device)
         self._neighbors = VerletList(self.potential.cutoff)
@@ -346,12 +346,14 @@ def load_novelty(model: str | Path | None = None, path: str | Path | None = None
     return Novelty(header, tensors["mean"].double(), tensors["whitening"].double())
 
 
-def _check_student(header: NoveltyHeader, potential: Potential, what: str) -> None:
+def _check_student(
+    header: NoveltyHeader, potential: Potential, model: str | Path | None
+) -> None:
     if header.student != potential.header.sha256:
         raise ModelFileError(
-            f"{what} belong to a student with SHA-256 {header.student}, but this student "
-            f"({potential.header.name}) has {potential.header.sha256}. Fit them again: "
-            "mlffd novelty MODEL data.h5"
+            f"the novelty statistics are those of a student with SHA-256 {header.student}, but "
+            f"this student ({potential.header.name}) has {potential.header.sha256}. Fit them "
+            f"again, to the data that it was trained on: mlffd novelty {model or 'default'} data.h5"
         )
 
 

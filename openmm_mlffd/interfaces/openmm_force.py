@@ -116,7 +116,7 @@ class StudentComputation:
             if self.settings.get("self_test", True):
                 precision = self.settings["precision"]
                 self.self_test = self_test_evaluator(
-                    evaluator, self._source(), precision, positions, cell
+                    evaluator, self._source(), precision, positions, cell, first=prediction
                 )
             self._tested = True
         forces = prediction.forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM

@@ -1,6 +1,5 @@
 """Start a simulation well: clashes pushed apart, minimised, heated slowly, equilibrated."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,8 +44,6 @@ _MOBILITY = 0.01  # Å per eV/Å, where forces are small
 _HEATING_STEP = 0.25  # fs
 _HEATING_STAGES = 10
 _MINIMUM = 1.0  # kJ/mol/nm, root mean square
-
-_log = logging.getLogger(__name__)
 
 
 class PreparationError(RuntimeError):
@@ -252,7 +249,7 @@ class _Run:
         self._context = self._make_context(self.system, openmm.VerletIntegrator(0.001))
 
     def push_apart(self, positions: Any) -> None:
-        """Clashes first, then steepest descent with a largest move, until the forces are small enough to minimise."""
+        """Clashes first, then steepest descent with a largest move until forces are small."""
         self._progress("pushing apart")
         context = self._context
         start, n_clashes = untangle(self._topology, self.system, positions)
@@ -318,8 +315,7 @@ class _Run:
         try:
             probe = NoveltyProbe(self.system)
         except (ModelFileError, ValueError) as error:
-            _log.info("novelty was not measured: %s", error)
-            return lines
+            return [*lines, f"novelty was not measured: {error}"]
         sample = probe.sample(self.state)
         header = probe.novelty.header
         verdict = "the student knows such surroundings"

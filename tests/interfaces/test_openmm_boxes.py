@@ -13,6 +13,10 @@ from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 CUTOFF = 4.0  # of the toy students
+ON_GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 BAROSTATS = {
     "isotropic": lambda bar: openmm.MonteCarloBarostat(bar, 300.0, 1),
     "anisotropic": lambda bar: openmm.MonteCarloAnisotropicBarostat(
@@ -48,7 +52,8 @@ def record(student_file, make_topology, make_context):
     """Run with a barostat; gives the recorder and, for each step, the State's box and energy."""
 
     def run(structure, barostat, *, steps, precision="single", platform="Reference"):
-        potential = MLPotential("mlffd", modelPath=student_file, device="cpu", selfTest=False)
+        device = "cuda" if platform == "CUDA" else "cpu"
+        potential = MLPotential("mlffd", modelPath=student_file, device=device, selfTest=False)
         system = potential.createSystem(
             make_topology(*structure), precision=precision, allowMissingHydrogens=True
         )
@@ -124,6 +129,8 @@ def triclinic(make_box):
         ("anisotropic", "triclinic", "CPU"),
         ("membrane", "cube", "Reference"),
         ("flexible", "triclinic", "Reference"),
+        pytest.param("isotropic", "cube", "CUDA", marks=ON_GPU),
+        pytest.param("anisotropic", "triclinic", "CUDA", marks=ON_GPU),
     ],
 )
 def test_accepted_and_rejected_boxes_have_the_energy_of_double_precision(

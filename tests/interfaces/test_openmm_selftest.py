@@ -51,6 +51,25 @@ def test_a_sound_student_passes_and_says_so_once(
     assert f"{len(structure.numbers)} atoms, {precision} precision on cpu" in caplog.messages[0]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["single", "double"])
+def test_the_bundled_student_passes_on_a_gpu(
+    make_topology, make_context, energy_and_forces, ethanol, caplog, precision
+):
+    found = []
+    for device, platform in (("cuda", "CUDA"), ("cpu", "Reference")):
+        system = MLPotential("mlffd", device=device).createSystem(
+            make_topology(*ethanol), precision=precision
+        )
+        context = make_context(system, ethanol.positions, platform=platform)
+        with caplog.at_level(logging.INFO, logger=LOGGER):
+            found.append(energy_and_forces(context))
+    assert "precision on cuda" in caplog.messages[0]
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-3)
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-3)
+
+
 def broken(kind):
     """A potential's forward that is wrong as engines have been wrong."""
     right = Potential.forward
