@@ -105,24 +105,33 @@ class Novelty:
     mean: Tensor
     whitening: Tensor
 
-    def of_features(self, features: Tensor, species: Tensor) -> Tensor:
+    def to(self, device: torch.device) -> "Novelty":
+        """The same on a device."""
+        return Novelty(self.header, self.mean.to(device), self.whitening.to(device))
+
+    def of_features(
+        self,
+        features: Tensor,
+        species: Tensor,
+        atoms: Sequence[tuple[int, Tensor]] | None = None,
+    ) -> Tensor:
         """Novelty of each atom, shape ``(n_atoms,)``, float64.
 
         Parameters
         ----------
         features
-            From `atom_features`, shape ``(n_atoms, n_features)``.
+            From `atom_features`, shape ``(n_atoms, n_features)``, on the device of the statistics.
         species
             Index of each atom's element, shape ``(n_atoms,)``.
+        atoms
+            From `atoms_of_elements`, where it is asked for the same atoms again and again.
         """
         found = torch.full((len(features),), torch.inf, dtype=torch.float64, device=features.device)
-        mean, whitening = self.mean.to(features.device), self.whitening.to(features.device)
-        for index, count in enumerate(self.header.counts):
-            here = (species == index).nonzero()[:, 0]
-            if count and len(here):
-                white = (features[here].double() - mean[index]) @ whitening[index].T
-                found[here] = white.square().mean(1).sqrt()
-        return found.nan_to_num(nan=torch.inf)
+        for index, here in atoms or atoms_of_elements(species):
+            if self.header.counts[index]:
+                away = features[here].double() - self.mean[index]
+                found[here] = (away @ self.whitening[index].T).square().mean(1).sqrt()
+        return torch.where(found.isnan(), torch.inf, found)
 
     def error_bound(self, novelty: ArrayLike) -> NDArray[np.float64]:
         """Force error [eV/Å] that `COVERAGE` of held-out atoms of this novelty stay below.
@@ -209,8 +218,9 @@ class NoveltyMeter:
         if novelty is None:
             novelty = load_novelty(model)
         _check_student(novelty.header, self.potential, model)
-        self.novelty = novelty
         self._device = torch.device(device)
+        self.novelty = novelty.to(self._device)
+        self._atoms = atoms_of_elements(self.species)
         self._neighbors = VerletList(self.potential.cutoff)
         self._lock = threading.Lock()
 
@@ -233,7 +243,7 @@ class NoveltyMeter:
                 torch.tensor(array, device=self._device), self.species, cell=box
             )
             features = atom_features(self.potential, graph)
-            return self.novelty.of_features(features, self.species).cpu().numpy()
+            return self.novelty.of_features(features, self.species, self._atoms).cpu().numpy()
 
 
 def atom_features(potential: Potential, graph: Graph) -> Tensor:
@@ -263,6 +273,14 @@ def atom_features(potential: Potential, graph: Graph) -> Tensor:
     finally:
         hook.remove()
     return caught[0]
+
+
+def atoms_of_elements(species: Tensor) -> list[tuple[int, Tensor]]:
+    """Index of each element that is there, and the indices of its atoms, shape ``(n,)`` each.
+
+    On a GPU it waits for the device.
+    """
+    return [(index, (species == index).nonzero()[:, 0]) for index in species.unique().tolist()]
 
 
 def novelty_path(model: str | Path | None = None) -> Path:

@@ -172,6 +172,7 @@ def _scores_and_errors(
     potential: Potential, novelty: Novelty, batches: Iterator[Batch]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     scores, errors = [], []
+    novelty = novelty.to(next(potential.parameters()).device)
     for batch in batches:
         features = atom_features(potential, batch.graph)
         scores.append(novelty.of_features(features, batch.graph.species).cpu().numpy())
