@@ -158,13 +158,18 @@ class FeatureSums:
         self._sum = torch.zeros((n_elements, n_features), dtype=torch.float64)
         self._square = torch.zeros((n_elements, n_features, n_features), dtype=torch.float64)
 
-    def add(self, features: Tensor, species: Tensor) -> None:
-        """Count the atoms of a batch."""
-        for index in range(len(self.counts)):
+    def add(self, features: Tensor, species: Tensor, only: Sequence[int] | None = None) -> None:
+        """Count the atoms of a batch, or those of some elements, given by their indices."""
+        for index in range(len(self.counts)) if only is None else only:
             here = features[species == index].double().cpu()
             self.counts[index] += len(here)
             self._sum[index] += here.sum(0)
             self._square[index] += here.T @ here
+
+    def forget(self, indices: Sequence[int]) -> None:
+        """Start again with these elements."""
+        for numbers in (self.counts, self._sum, self._square):
+            numbers[list(indices)] = 0
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and whitening of each element, as `Novelty` has them."""
@@ -364,9 +369,7 @@ def load_novelty(model: str | Path | None = None, path: str | Path | None = None
     return Novelty(header, tensors["mean"].double(), tensors["whitening"].double())
 
 
-def _check_student(
-    header: NoveltyHeader, potential: Potential, model: str | Path | None
-) -> None:
+def _check_student(header: NoveltyHeader, potential: Potential, model: str | Path | None) -> None:
     if header.student != potential.header.sha256:
         raise ModelFileError(
             f"the novelty statistics are those of a student with SHA-256 {header.student}, but "

@@ -23,7 +23,10 @@ from openmm_mlffd.novelty import (
 )
 from openmm_mlffd.potential import Potential
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch
-from openmm_mlffd.training.hdf5 import Dataset
+from openmm_mlffd.training.hdf5 import Dataset, take
+
+ENOUGH = 2000
+"""Atoms of an element that its statistics need, if the training data has so many."""
 
 LARGE_ERRORS = (0.5, 1.0)
 """Force errors [eV/Å] that novelty should tell from smaller ones."""
@@ -65,7 +68,8 @@ def fit_novelty(
     output
         File to write.
     max_structures
-        Training structures that are used, drawn at random with a fixed seed; None for all.
+        Training structures that are used, drawn at random with a fixed seed; None for all. For
+        elements with fewer than `ENOUGH` atoms in them, all others are looked through, too.
     device
         Torch device; None for the CPU.
     batch_atoms
@@ -91,6 +95,8 @@ def fit_novelty(
     sums = FeatureSums(len(potential.numbers), potential.network.n_channels)
     for batch in batches("train", max_structures):
         sums.add(atom_features(potential, batch.graph), batch.graph.species)
+    if max_structures is not None:
+        _add_rare_elements(sums, potential, StructureSource(datasets, "train"), batch_atoms)
     mean, whitening = sums.statistics()
     header = NoveltyHeader(
         student=potential.header.sha256,
@@ -166,6 +172,25 @@ def format_fit(fit: NoveltyFit) -> str:
                 f"{here.max():7.3f}"
             )
     return "\n".join(lines)
+
+
+def _add_rare_elements(
+    sums: FeatureSums, potential: Potential, source: StructureSource, batch_atoms: int
+) -> None:
+    """Look through all structures for elements of which the random ones have too few atoms."""
+    rare = [i for i, count in enumerate(sums.counts.tolist()) if count < ENOUGH]
+    sums.forget(rare)
+    device = next(potential.parameters()).device
+    for structures in source.batches(5 * batch_atoms, rng=np.random.default_rng(0)):
+        lacking = [i for i in rare if sums.counts[i] < ENOUGH]
+        if not lacking:
+            return
+        numbers = [potential.numbers[i] for i in lacking]
+        found = np.isin(structures.atomic_numbers, numbers)
+        rows = np.flatnonzero(np.add.reduceat(found, structures.offsets[:-1]))
+        if len(rows):
+            batch = make_batch(take(structures, rows), potential, device)
+            sums.add(atom_features(potential, batch.graph), batch.graph.species, only=lacking)
 
 
 def _scores_and_errors(

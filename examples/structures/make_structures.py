@@ -36,7 +36,8 @@ ALANINE_DIPEPTIDE_ATOMS = [
 ]
 
 PHENOL = "Oc1ccccc1"
-PHENOL_ATOMS = "OH CZ CE1 CD1 CG CD2 CE2".split()  # in the order of the SMILES, named like tyrosine's
+# in the order of the SMILES, named like tyrosine's
+PHENOL_ATOMS = ["OH", "CZ", "CE1", "CD1", "CG", "CD2", "CE2"]
 
 N_WATERS = 64
 

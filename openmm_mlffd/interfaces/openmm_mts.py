@@ -110,9 +110,7 @@ def teacher_system(
     TypeError, ValueError
         As for `respa_system`.
     """
-    system = MLPotential("mlffd").createSystem(
-        topology, removeCMMotion=removeCMMotion, **keywords
-    )
+    system = MLPotential("mlffd").createSystem(topology, removeCMMotion=removeCMMotion, **keywords)
     settings = _settings_of(system)
     function = _teacher(topology, slow, settings, info, keywords)
     system.removeForce(0)

@@ -104,10 +104,10 @@ def prepare(
 ) -> Preparation:
     """Bring a structure to a temperature, and a box to a pressure, from a start however bad.
 
-    First, atoms that clash are pushed apart with their bonds held, without the student (`untangle`).
-    Then its forces are capped: no atom moves farther than `LARGEST_MOVE` in a step, until the
-    largest force is below `CALM_FORCE`. Then OpenMM's minimiser; then Langevin dynamics with short
-    steps and strong friction, from 50 K to the temperature; then with the advised step.
+    First, atoms that clash are pushed apart with their bonds held, without the student
+    (`untangle`). Then its forces are capped: no atom moves farther than `LARGEST_MOVE` in a step,
+    until the largest force is below `CALM_FORCE`. Then OpenMM's minimiser; then Langevin dynamics
+    with short steps and strong friction, from 50 K to the temperature; then with the advised step.
 
     Parameters
     ----------

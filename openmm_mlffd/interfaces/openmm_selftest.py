@@ -17,7 +17,7 @@ LARGEST = 20_000
 """Larger systems are not tested: the comparison in double precision may not fit into memory."""
 
 N_CALLS = 3
-"""Compiled engines change between their first calls; all must agree, that of the step among them."""
+"""Compiled engines change between their first calls; all must agree, the step's among them."""
 
 STEP = 5e-4
 """Of the finite differences [Å]."""

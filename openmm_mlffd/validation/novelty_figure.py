@@ -50,9 +50,9 @@ def draw_novelty(
             edges, novelty.error_bound(edges), color=COLORS[1], ls="--",
             label=f"bound for {100 * COVERAGE:.0f} %",
         )  # fmt: skip
-        for value, text in ((header.warn, "warn"), (header.stop, "stop")):
+        for value, text, side in ((header.warn, "warn ", "right"), (header.stop, " stop", "left")):
             left.axvline(value, color=GREY, lw=0.8)
-            left.text(value, 1.4 * _SMALLEST_ERROR, f" {text}", color=GREY)
+            left.text(value, 1.4 * _SMALLEST_ERROR, text, color=GREY, ha=side)
         left.set_xlabel("novelty")
         left.set_ylabel("force error [eV/Å]")
         left.legend(loc="upper left", fontsize=7)

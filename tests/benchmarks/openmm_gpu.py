@@ -346,9 +346,9 @@ def barostat_moves(bench, found):
         kept.append((positions, box, energy))
     device = torch.device("cuda" if bench.platform == "CUDA" else "cpu")
     student = load_student(device=device, precision="double")
-    species = student.species(
-        torch.tensor([a.element.atomic_number for a in topology.atoms()])
-    ).to(device)
+    species = student.species(torch.tensor([a.element.atomic_number for a in topology.atoms()])).to(
+        device
+    )
 
     def error(positions, box, energy):
         graph = build_graph(
@@ -401,7 +401,9 @@ def npt(bench, found):
         ("pressure_bar", pressures),
     ):  # fmt: skip
         found[name] = blocks(np.array(values))
-    found["density_trace_g_cm3"] = [round(float(x), 4) for x in density[:: max(1, len(density) // 40)]]
+    found["density_trace_g_cm3"] = [
+        round(float(x), 4) for x in density[:: max(1, len(density) // 40)]
+    ]
 
 
 def barometer_volume(context):
