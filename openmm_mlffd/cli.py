@@ -294,6 +294,7 @@ def mts(
     ] = None,
     picoseconds: Annotated[float, typer.Option(help="Length of each run [ps].")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    precision: Annotated[str, typer.Option(help="Of the student: single or double.")] = "single",
     seed: Annotated[int, typer.Option(help="Seed of the start.")] = 1,
 ) -> None:
     """Multiple time steps against the teacher alone: energies, drift and wall time."""
@@ -308,6 +309,7 @@ def mts(
         outer=outer or [2, 4],
         picoseconds=picoseconds,
         temperature=temperature,
+        precision=precision,
         seed=seed,
         echo=typer.echo,
     )

@@ -110,7 +110,7 @@ def fit_novelty(
     )
     novelty = Novelty(header, mean.float().double(), whitening.float().double())
     scores, errors = _scores_and_errors(potential, novelty, batches("val", None))
-    header = replace(header, **_calibration(scores, errors))
+    header = _calibrated(header, scores, errors)
     novelty = replace(novelty, header=header)
     scores, errors = _scores_and_errors(potential, novelty, batches("test", None))
     header = replace(header, figures=figures_of_merit(novelty, scores, errors))
@@ -208,7 +208,9 @@ def _scores_and_errors(
     return score[known], error[known]
 
 
-def _calibration(scores: NDArray[np.float64], errors: NDArray[np.float64]) -> dict[str, float]:
+def _calibrated(
+    header: NoveltyHeader, scores: NDArray[np.float64], errors: NDArray[np.float64]
+) -> NoveltyHeader:
     """Thresholds, and the bound: the slope of the logarithms, then a conformal quantile."""
     tiny = 1e-9
     x, y = np.log(scores + tiny), np.log(errors + tiny)
@@ -220,9 +222,10 @@ def _calibration(scores: NDArray[np.float64], errors: NDArray[np.float64]) -> di
         )
     level = min(1.0, np.ceil((len(scores) + 1) * COVERAGE) / len(scores))
     factor = float(np.quantile(errors / (scores + tiny) ** exponent, level))
-    return {
-        "warn": float(np.quantile(scores, 0.999)),
-        "stop": (STOP_ERROR / factor) ** (1.0 / exponent),
-        "error_factor": factor,
-        "error_exponent": exponent,
-    }
+    return replace(
+        header,
+        warn=float(np.quantile(scores, 0.999)),
+        stop=(STOP_ERROR / factor) ** (1.0 / exponent),
+        error_factor=factor,
+        error_exponent=exponent,
+    )

@@ -41,7 +41,7 @@ class RememberingStudent(StudentComputation):
         if (
             last is not None
             and np.array_equal(last.positions, positions)
-            and (cell is None or np.array_equal(last.cell, cell))
+            and (cell is None or (last.cell is not None and np.array_equal(last.cell, cell)))
         ):
             return last.energy, last.forces.copy()
         energy, forces = super()._compute(state)

@@ -135,8 +135,8 @@ def _springs(
     force.setUsesPeriodicBoundaryConditions(periodic)
     neighbors: dict[int, list[int]] = {}
     lengths: dict[tuple[int, int], float] = {}
-    box = system.getDefaultPeriodicBoxVectors().value_in_unit(unit.angstrom)
-    cell = np.array([list(row) for row in box])
+    box = system.getDefaultPeriodicBoxVectors()
+    cell = np.array([row.value_in_unit(unit.angstrom) for row in box])
 
     def distance(i: int, j: int) -> float:
         vector = positions[j] - positions[i]
@@ -145,9 +145,12 @@ def _springs(
         return float(np.linalg.norm(vector))
 
     for i, j in bonds:
-        usual = COVALENT_RADII.get(numbers[i], 0.0) + COVALENT_RADII.get(numbers[j], 0.0)
+        usual = COVALENT_RADII[numbers[i]] + COVALENT_RADII[numbers[j]]
         found = distance(i, j)
-        if not usual or _BOND_RANGE[0] * usual < found < _BOND_RANGE[1] * usual:
+        if (
+            not (numbers[i] and numbers[j])
+            or _BOND_RANGE[0] * usual < found < _BOND_RANGE[1] * usual
+        ):
             usual = found
         lengths[min(i, j), max(i, j)] = usual
         neighbors.setdefault(i, []).append(j)

@@ -117,7 +117,7 @@ def run_mts(
     n_atoms = system.getNumParticles()
     trace = EnergyTrace(
         timestep=outer,
-        time=np.arange(n_steps + 1) * outer * 1e-3,
+        time=np.arange(n_steps + 1, dtype=np.float64) * (outer * 1e-3),
         potential=potential,
         kinetic=kinetic,
         shadow=np.full(n_steps + 1, np.nan),
@@ -146,6 +146,7 @@ def run_mts_command(
     outer: Sequence[int],
     picoseconds: float,
     temperature: float,
+    precision: str,
     seed: int,
     echo: Callable[[str], object],
 ) -> list[MTSRun]:
@@ -167,11 +168,13 @@ def run_mts_command(
         Length of each run [ps].
     temperature, seed
         Of the start.
+    precision
+        Of the student, and of a teacher that is one.
     echo
         Is given the lines of text.
     """
     topology, positions = read_structure(structure)
-    keywords: dict[str, Any] = {"precision": "double", "removeCMMotion": False}
+    keywords: dict[str, Any] = {"precision": precision, "removeCMMotion": False}
     alone = teacher_system(topology, teacher, **keywords)
     both = respa_system(topology, teacher, model=model, **keywords)
     header = read_header(model)
