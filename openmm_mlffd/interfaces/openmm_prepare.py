@@ -43,7 +43,7 @@ BROKEN = 1.5
 _MOBILITY = 0.01  # Å per eV/Å, where forces are small
 _HEATING_STEP = 0.25  # fs
 _HEATING_STAGES = 10
-_MINIMUM = 1.0  # kJ/mol/nm, root mean square
+_MINIMUM = 10.0  # kJ/mol/nm, root mean square; it is heated next
 
 
 class PreparationError(RuntimeError):

@@ -14,9 +14,13 @@ except ImportError as error:
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 
-CONTACT = 0.85
+CLASH = 0.5
 """Atoms more than three bonds apart clash if they are closer than the sum of their covalent radii
-and this [Å]: 2.2 Å for two oxygens, 1.8 Å for oxygen and hydrogen. Hydrogen bonds are longer."""
+and this [Å]: 1.8 Å for two oxygens, 1.5 Å for oxygen and hydrogen. Hydrogen bonds are longer."""
+
+CONTACT = 0.85
+"""If there is a clash, atoms are pushed to the sum of their covalent radii and this [Å]: 2.2 Å for
+two oxygens, so that the student does not begin on the slope of its repulsion."""
 
 _STIFFNESS = 40.0  # of bonds, eV/Å²
 _REPULSION = 4.0  # of contacts, eV/Å²
@@ -66,7 +70,8 @@ def untangle(
     model.setDefaultPeriodicBoxVectors(*system.getDefaultPeriodicBoxVectors())
     for i in range(system.getNumParticles()):
         model.addParticle(0.0 if system.isVirtualSite(i) else system.getParticleMass(i))
-    counter = _contacts("step(s-r); s=r1+r2", radii, bonds, periodic)
+    less = (CONTACT - CLASH) / ANGSTROM_PER_NM
+    counter = _contacts("step(s-r); s=r1+r2-less", radii, bonds, periodic, less=less)
     counter.setForceGroup(1)
     model.addForce(counter)
     model.addForce(

@@ -83,6 +83,7 @@ def test_a_molecule_squeezed_into_another_is_pushed_out(make_topology, ethanol):
     assert (lengths(topology, end) < 1.8).all()
 
 
+@pytest.mark.slow
 def test_clashing_waters_in_a_small_box_survive_to_constant_pressure(make_topology):
     pdb = app.PDBFile(str(STRUCTURES / "water-64.pdb"))
     water = np.array(pdb.positions.value_in_unit(unit.angstrom))[:3]
