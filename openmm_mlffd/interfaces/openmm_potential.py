@@ -92,7 +92,7 @@ class MLFFDPotentialImpl(MLPotentialImpl):
     selfTest
         Whether the first evaluation compares the student at work with the plain network in double
         precision and with finite differences (the default), see `openmm_selftest`. It takes as
-        long as about ten steps, once for each System and process.
+        long as about twenty steps, once for each System and process.
 
     The box is periodic if the Topology has box vectors. A System that is stored as XML holds
     the student's name, path and SHA-256, not its weights; reading it needs openmm_mlffd and the
