@@ -256,6 +256,106 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command()
+def novelty(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    files: Annotated[list[Path], typer.Argument(help="Dataset files that it was trained on.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; beside the student.")
+    ] = None,
+    structures: Annotated[int, typer.Option(help="Training structures; 0 for all.")] = 6000,
+    figure: Annotated[Path | None, typer.Option(help="Also draw novelty and errors, SVG.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
+) -> None:
+    """Fit the statistics of the extrapolation alarm, and print what they are worth."""
+    from openmm_mlffd.novelty import novelty_path
+    from openmm_mlffd.training.novelty import fit_novelty, format_fit
+    from openmm_mlffd.training.train import pick_device
+
+    path = novelty_path(model) if output is None else output
+    where = pick_device(device)
+    fit = fit_novelty(model, files, path, max_structures=structures or None, device=where)
+    typer.echo(f"{path}\n{format_fit(fit)}")
+    if figure is not None:
+        from openmm_mlffd.validation.novelty_figure import draw_novelty
+
+        figure.write_text(draw_novelty(fit.novelty, fit.scores, fit.errors))
+
+
+@app.command()
+def prepare(
+    structure: Annotated[Path, typer.Argument(help="PDB, CIF or SDF file, with hydrogens.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PDB file to write.")],
+    model: Annotated[str | None, typer.Option(help="Bundled name or path of a student.")] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    pressure: Annotated[
+        float | None, typer.Option(help="Pressure [bar]; constant volume without it.")
+    ] = None,
+    picoseconds: Annotated[float, typer.Option(help="Length of the equilibration [ps].")] = 2.0,
+    hydrogen_mass: Annotated[
+        float | None, typer.Option(help="Mass of hydrogens [amu]; 3 allows steps of 1 fs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of velocities and noise.")] = 1,
+) -> None:
+    """Minimise, heat and equilibrate a structure, however bad its start."""
+    from openmm_mlffd.interfaces.openmm_prepare import PreparationError
+    from openmm_mlffd.validation.prepare_command import run_prepare_command
+
+    try:
+        run_prepare_command(
+            structure,
+            output,
+            model=model,
+            temperature=temperature,
+            pressure=pressure,
+            picoseconds=picoseconds,
+            hydrogen_mass=hydrogen_mass,
+            seed=seed,
+            echo=typer.echo,
+        )
+    except PreparationError as error:
+        typer.echo(f"mlffd: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def mts(
+    structure: Annotated[Path, typer.Argument(help="PDB, CIF or SDF file, with hydrogens.")],
+    teacher: Annotated[
+        str, typer.Option(help="ase:package.module:factory, or the name or path of a student.")
+    ],
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Keyword of the factory as key=value, repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Bundled name or path of a student.")] = None,
+    inner: Annotated[float, typer.Option(help="Time step of the student [fs].")] = 0.5,
+    outer: Annotated[
+        list[int] | None,
+        typer.Option(help="Inner steps for each of the teacher's, repeatable; 2, 4 by default."),
+    ] = None,
+    picoseconds: Annotated[float, typer.Option(help="Length of each run [ps].")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    precision: Annotated[str, typer.Option(help="Of the student: single or double.")] = "single",
+    seed: Annotated[int, typer.Option(help="Seed of the start.")] = 1,
+) -> None:
+    """Multiple time steps against the teacher alone: energies, drift and wall time."""
+    from openmm_mlffd.training.teachers import parse_options
+    from openmm_mlffd.validation.mts import open_teacher, run_mts_command
+
+    run_mts_command(
+        structure,
+        open_teacher(teacher, parse_options(teacher_option or [])),
+        model=model,
+        inner=inner,
+        outer=outer or [2, 4],
+        picoseconds=picoseconds,
+        temperature=temperature,
+        precision=precision,
+        seed=seed,
+        echo=typer.echo,
+    )
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one line, others a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -26,12 +26,18 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "torch numpy",
     ),
     "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
-    "adapter": ("engine engines evaluator", "facts kernels physics files adapter", "torch numpy"),
+    "adapter": (
+        "engine engines evaluator novelty",
+        "facts kernels physics files adapter package",
+        "torch numpy safetensors",
+    ),
     "factory": ("interfaces.openmm_factory", "openmm", ""),
+    # the self-test compares the adapter's answer with that of the physics below it
+    "self-test": ("interfaces.openmm_selftest", "physics adapter", "torch numpy"),
     "openmm": (
         "interfaces.openmm_*",
-        "facts files adapter openmm",
-        "numpy openmm openmmml",
+        "facts files adapter openmm self-test",
+        "numpy openmm openmmml ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     # of processes of their own: teachers run where nothing of this project is installed
@@ -48,7 +54,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "validation": (
         "validation validation.*",
-        "facts files adapter validation",
+        "facts files adapter openmm validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
     "bench": (
@@ -57,19 +63,30 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "torch numpy openmm openmmml matplotlib",
     ),
     "empty": ("interfaces students", "", ""),
-    "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
+    "package": ("", "physics files ase openmm", ""),  # only lazily: tests/test_import.py
     "cli": (
         "cli",
-        "package process facts files adapter training sources validation bench",
+        "package process facts files adapter openmm training sources validation bench",
         "typer",
     ),
 }
 
+_OPENMM = (
+    "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
+    "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare "
+    "interfaces.openmm_untangle validation.*"
+)
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
-    "openmm": "interfaces.openmm_potential validation.* bench.*",
-    "openmmml": "interfaces.openmm_potential validation.* bench.*",
-    "ase": "interfaces.ase_calculator validation.* training.sources training.teacher_worker",
+    "openmm": f"{_OPENMM} bench.*",
+    "openmmml": (
+        "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.* "
+        "bench.*"
+    ),
+    "ase": (
+        "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
+        "training.teacher_worker"
+    ),
     "rdkit": "validation.* training.sources",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
@@ -194,6 +211,8 @@ def test_no_module_imports_what_the_table_forbids():
         ("evaluator", "def f():\n    import openmm"),
         ("interfaces.ase_calculator", "from openmm_mlffd.interfaces import openmm_force"),
         ("interfaces.openmm_force", "import openmm"),
+        ("interfaces.openmm_selftest", "import openmm"),
+        ("interfaces.openmm_stored", "import ase"),
         ("interfaces.openmm_factory", "import os"),
         ("interfaces.openmm_factory", "from openmm_mlffd.interfaces import openmm_potential"),
         ("cli", "from openmm_mlffd.training.train import Trainer"),

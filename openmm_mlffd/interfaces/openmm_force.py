@@ -1,13 +1,14 @@
 """What a `PythonForce` calls and what it stores. Imports neither openmm nor openmmml."""
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
 from openmm_mlffd.engines import open_evaluator
 from openmm_mlffd.evaluator import Evaluator, StudentSource
+from openmm_mlffd.interfaces.openmm_selftest import SelfTest, self_test_evaluator
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 VERSION = 2
@@ -47,6 +48,9 @@ class ComputationSettings(TypedDict):
     kernels: str
     """One of `engines.KERNELS`."""
 
+    self_test: NotRequired[bool]
+    """Whether the student is tested at its first use; not there means yes."""
+
 
 class StudentComputation:
     """Energy and forces of a State: the function behind a `PythonForce`.
@@ -65,6 +69,8 @@ class StudentComputation:
     def __init__(self, settings: ComputationSettings) -> None:
         self.settings = settings
         self._evaluator: Evaluator | None = None
+        self._tested = False
+        self.self_test: SelfTest | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[ComputationSettings]]:
         return restore_computation, (self.settings,)
@@ -86,7 +92,7 @@ class StudentComputation:
             return self._evaluator
         settings = _upgraded(self.settings)
         self._evaluator = open_evaluator(
-            StudentSource(name=settings["name"], path=settings["path"], sha256=settings["sha256"]),
+            self._source(),
             settings["numbers"],
             kernels=settings["kernels"],
             precision=settings["precision"],
@@ -94,6 +100,12 @@ class StudentComputation:
             labels=settings["atoms"],
         )
         return self._evaluator
+
+    def _source(self) -> StudentSource:
+        settings = self.settings
+        return StudentSource(
+            name=settings["name"], path=settings["path"], sha256=settings["sha256"]
+        )
 
     def _compute(self, state: Any) -> tuple[float, NDArray[np.float64]]:
         evaluator = self._evaluator or self.start()
@@ -103,6 +115,13 @@ class StudentComputation:
         if self.settings["periodic"]:
             cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
         prediction = evaluator.predict(positions, cell, virial=False)
+        if not self._tested:
+            if self.settings.get("self_test", True):
+                precision = self.settings["precision"]
+                self.self_test = self_test_evaluator(
+                    evaluator, self._source(), precision, positions, cell, first=prediction
+                )
+            self._tested = True
         forces = prediction.forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         return prediction.energy.item() * KJ_PER_MOL_PER_EV, forces.cpu().numpy()
 

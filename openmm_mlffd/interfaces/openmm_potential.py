@@ -41,6 +41,7 @@ class _Options:
     charge: float | None = None
     multiplicity: int | None = None
     allowMissingHydrogens: bool = False
+    selfTest: bool = True
 
     def updated(self, keywords: dict[str, Any]) -> "_Options":
         """Check and take over keywords; None leaves what is set."""
@@ -66,6 +67,9 @@ class _Options:
             )
         if new.device is not None:
             resolve_device(new.device)
+        for name in ("allowMissingHydrogens", "selfTest"):
+            if not isinstance(getattr(new, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(new, name)!r}")
         return new
 
 
@@ -98,6 +102,10 @@ class MLFFDPotentialImpl(MLPotentialImpl):
         protonated and deprotonated groups from their hydrogens, and it knows closed shells only.
     allowMissingHydrogens
         Accept molecules that have carbon but, against expectation, no hydrogens.
+    selfTest
+        Whether the first evaluation compares the student at work with the plain network in double
+        precision and with finite differences (the default), see `openmm_selftest`. It takes as
+        long as about twenty steps, once for each System and process.
 
     The box is periodic if the Topology has box vectors. A System that is stored as XML holds
     the student's name, path and SHA-256, not its weights; reading it needs openmm_mlffd and the
@@ -192,6 +200,7 @@ class MLFFDPotentialImpl(MLPotentialImpl):
                 precision=options.precision or "single",
                 device=None if options.device is None else str(options.device),
                 kernels=ENGINES[options.engine or "auto"],
+                self_test=options.selfTest,
             )
         )
         computation.start()  # a damaged student is reported here, not in the first step
