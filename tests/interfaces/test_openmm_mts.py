@@ -10,8 +10,8 @@ from ase.calculators.calculator import Calculator, all_changes
 from openmmml import MLPotential
 
 from openmm_mlffd import MLFFDCalculator
-from openmm_mlffd.evaluator import Evaluator
 from openmm_mlffd.interfaces.openmm_correction import CalculatorTeacher, TeacherCorrection
+from openmm_mlffd.interfaces.openmm_force import StudentComputation
 from openmm_mlffd.interfaces.openmm_mts import (
     FAST_GROUP,
     SLOW_GROUP,
@@ -89,20 +89,20 @@ def test_an_outer_step_costs_one_teacher_and_as_many_students_as_inner_steps(
     make_system, make_context, teacher, ethanol, monkeypatch
 ):
     calls = []
-    predict = Evaluator.predict
+    compute = StudentComputation._compute
 
-    def counted(self, *arguments):
+    def counted(self, state):
         calls.append(None)
-        return predict(self, *arguments)
+        return compute(self, state)
 
-    monkeypatch.setattr(Evaluator, "predict", counted)
+    monkeypatch.setattr(StudentComputation, "_compute", counted)
     integrator = respa_integrator(1.0, 4)
     context = make_context(make_system(ethanol, teacher), ethanol.positions, integrator=integrator)
     integrator.step(1)  # the first one starts from nothing
-    teachers, both = Springs.calls, len(calls)
+    teachers, students = Springs.calls, len(calls)
     integrator.step(5)
     assert Springs.calls - teachers == 5
-    assert len(calls) - both - 5 == 5 * 4  # the teacher of this test is a student, too
+    assert len(calls) - students == 5 * 4
     assert context.getState().getTime()._value == pytest.approx(0.006, abs=1e-12)
 
 

@@ -70,27 +70,35 @@ def test_the_bundled_student_passes_on_a_gpu(
     np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-3)
 
 
-def broken(kind):
-    """A potential's forward that is wrong as engines have been wrong."""
-    right = Potential.forward
+@pytest.fixture(params=["eager", "python"])
+def engine(request):
+    if request.param == "python":
+        pytest.importorskip("warp")
+    return request.param
+
+
+def break_engine(monkeypatch, engine, kind):
+    """Make an engine wrong as engines have been wrong; the comparison does not use it."""
+    evaluator = Evaluator
+    if engine == "python":
+        from openmm_mlffd.engine import FastEvaluator as evaluator
+    right = evaluator.predict
     calls = []
 
-    def forward(self, graph):
-        found = right(self, graph)
-        if self.network.embedding.weight.dtype == torch.float64:
-            return found  # the comparison itself
+    def predict(self, *arguments, **keywords):
+        found = right(self, *arguments, **keywords)
         calls.append(None)
         if kind == "energy offset":
             return found._replace(energy=found.energy + 0.3)
         if kind == "offset from the second call on":
-            return found._replace(energy=found.energy + 0.3 * (len(calls) > 2))
+            return found._replace(energy=found.energy + 0.3 * (len(calls) > 1))
         if kind == "force of the last atom lost":
             forces = found.forces.clone()
             forces[-1] = 0.0
             return found._replace(forces=forces)
         return found._replace(forces=1.002 * found.forces)
 
-    return forward
+    monkeypatch.setattr(evaluator, "predict", predict)
 
 
 @pytest.mark.parametrize(
@@ -103,10 +111,10 @@ def broken(kind):
     ],
 )
 def test_an_engine_that_computes_something_else_is_an_exception(
-    make_system, make_context, ethanol, monkeypatch, kind, said
+    make_system, make_context, ethanol, monkeypatch, engine, kind, said
 ):
-    context = make_context(make_system(ethanol), ethanol.positions)
-    monkeypatch.setattr(Potential, "forward", broken(kind))
+    context = make_context(make_system(ethanol, engine=engine), ethanol.positions)
+    break_engine(monkeypatch, engine, kind)
     for _ in range(2):  # it does not pass the second time either
         with pytest.raises(openmm.OpenMMException, match=f"failed its self-test .*{said}"):
             context.getState(energy=True)
@@ -128,13 +136,15 @@ def test_forces_that_are_no_derivative_are_an_exception(
         context.getState(energy=True)
 
 
-def test_selftest_false_skips_it_and_is_stored(make_system, make_context, ethanol, monkeypatch):
-    monkeypatch.setattr(Potential, "forward", broken("energy offset"))
-    system = make_system(ethanol, selfTest=False)
+def test_selftest_false_skips_it_and_is_stored(
+    make_system, make_context, ethanol, monkeypatch, engine
+):
+    break_engine(monkeypatch, engine, "energy offset")
+    system = make_system(ethanol, selfTest=False, engine=engine)
     for s in (system, openmm.XmlSerializer.clone(system)):
         make_context(s, ethanol.positions).getState(energy=True)
         assert student_functions(s)[0].settings["self_test"] is False
-    again = openmm.XmlSerializer.clone(make_system(ethanol))
+    again = openmm.XmlSerializer.clone(make_system(ethanol, engine=engine))
     with pytest.raises(openmm.OpenMMException, match="self-test"):
         make_context(again, ethanol.positions).getState(energy=True)
 
