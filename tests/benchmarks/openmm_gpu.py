@@ -380,8 +380,9 @@ def npt(bench, found):
     barostat = openmm.MonteCarloBarostat(1.0, 300.0, 25)
     barostat.setRandomNumberSeed(1)
     system.addForce(barostat)
-    context = bench.context(system, timestep=1.0)
+    context = bench.context(system, timestep=1.0, friction=5.0)
     context.setState(start)
+    openmm.LocalEnergyMinimizer.minimize(context, maxIterations=50)
     context.setVelocitiesToTemperature(300, 1)
     portion, volumes, temperatures, pressures = (5 if bench.small else 100), [], [], []
     began = time.perf_counter()
