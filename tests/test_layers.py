@@ -45,6 +45,11 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts physics files adapter training sources teachers",
         "torch numpy h5py omegaconf yaml tqdm",
     ),
+    "suite": (
+        "validation.suite validation.suite.*",
+        "facts physics files adapter training sources teachers validation suite",
+        "numpy torch openmm openmmml mdtraj matplotlib jinja2 rdkit ase tqdm physical_validation",
+    ),
     "validation": (
         "validation validation.*",
         "facts files adapter validation",
@@ -52,7 +57,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "empty": ("interfaces students", "", ""),
     "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
-    "cli": ("cli", "package facts files adapter training sources validation", "typer"),
+    "cli": ("cli", "package facts files adapter training sources validation suite", "typer"),
 }
 
 # libraries that are imported in these modules and nowhere else, however deep the call
@@ -67,6 +72,7 @@ ONLY_IN = {
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
     "matplotlib": "validation.*",
+    "physical_validation": "validation.suite.ensembles",
     "typer": "cli",
 }
 
@@ -185,6 +191,8 @@ def test_no_module_imports_what_the_table_forbids():
         ("interfaces.openmm_factory", "import os"),
         ("interfaces.openmm_factory", "from openmm_mlffd.interfaces import openmm_potential"),
         ("cli", "from openmm_mlffd.training.train import Trainer"),
+        ("validation.nve", "from openmm_mlffd.validation.suite.plan import Plan"),
+        ("validation.nve", "from openmm_mlffd.training.hdf5 import Dataset"),
     ],
 )
 def test_import_that_crosses_layers_is_noticed(module, line):
