@@ -47,7 +47,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "suite": (
         "validation.suite validation.suite.*",
-        "facts physics files adapter training sources teachers validation suite",
+        "package facts physics files adapter training sources teachers validation suite",
         "numpy torch openmm openmmml mdtraj matplotlib jinja2 rdkit ase tqdm physical_validation",
     ),
     "validation": (

@@ -145,9 +145,7 @@ def _gamma(n_dof: int, kelvin: float, low: float, high: float) -> tuple[np.ndarr
     """Density of the kinetic energy of so many degrees of freedom."""
     x = np.linspace(max(low, 1e-6), high, 200)
     shape, scale = n_dof / 2, BOLTZMANN * kelvin
-    log_density = (
-        (shape - 1) * np.log(x) - x / scale - math.lgamma(shape) - shape * math.log(scale)
-    )
+    log_density = (shape - 1) * np.log(x) - x / scale - math.lgamma(shape) - shape * math.log(scale)
     return x, np.exp(log_density)
 
 

@@ -249,5 +249,3 @@ def ensemble_checks(run: EnsembleRun, numbers: Mapping[str, Any]) -> list[Check]
             Check(name="density", value=value("density"), unit="g/cm³", low=low, high=high)
         )
     return checks
-
-

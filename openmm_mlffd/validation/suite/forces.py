@@ -361,7 +361,10 @@ def force_checks(numbers: Mapping[str, Any]) -> list[Check]:
         if name != "stress error" or not math.isnan(_number(values[name]))
     ]
     r2 = _number(found["force_r2"])
-    return [*checks, Check(name="R² of force components", value=r2, unit="", low=SMALLEST_R2, high=1.0)]
+    return [
+        *checks,
+        Check(name="R² of force components", value=r2, unit="", low=SMALLEST_R2, high=1.0),
+    ]
 
 
 def _number(value: float | None) -> float:

@@ -158,6 +158,11 @@ class TeacherModel:
         """Start a teacher in a process of its own; arguments and errors as `WorkerTeacher`."""
         return cls(WorkerTeacher(name, options, python=python), name)
 
+    def close(self) -> None:
+        """End its process, if it has one."""
+        if isinstance(self._teacher, WorkerTeacher):
+            self._teacher.close()
+
     def label(self, batch: Batch, *, precision: str = "single") -> Labels:
         """Labels, some structures at a time; the precision is the teacher's own."""
         labels = unknown_labels(batch)
@@ -274,4 +279,3 @@ def _label_part(
     volume = np.abs(np.linalg.det(own.cell[periodic]))[:, None, None]
     answer.stress[periodic] = found.virial.detach().cpu().numpy()[periodic] / volume
     insert(labels, answer, batch, part)
-

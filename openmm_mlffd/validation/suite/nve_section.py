@@ -1,4 +1,4 @@
-"""Does the energy belong to the forces, is it smooth, and is it conserved?"""
+"""Whether forces belong to the energy, are smooth, and conserve it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -231,7 +231,7 @@ def force_jump(job: Job, system: System) -> float:
     ramp = np.arange(2.0, 7.5, 0.04)
 
     def at(distance: float) -> Structure:
-        moved = methane + [edge + distance, 0.1, 0.2]
+        moved = methane + np.array([edge + distance, 0.1, 0.2])
         return Structure(numbers, np.concatenate([system.positions, moved]))
 
     # where forces change most over 40 mÅ, look closer

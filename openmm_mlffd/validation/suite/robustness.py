@@ -358,5 +358,3 @@ def _relative_nearest(numbers: NDArray[np.int64], x: NDArray[np.float64]) -> flo
     radii = np.array([COVALENT_RADII[z] for z in numbers])
     share = np.linalg.norm(x[:, None] - x, axis=2) / (radii[:, None] + radii)
     return float(share[np.triu_indices(len(x), 1)].min())
-
-

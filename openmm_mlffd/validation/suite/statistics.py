@@ -116,9 +116,7 @@ def distance_with_noise(
     a = np.array([histogram(part) for part in np.array_split(first, n_blocks)])
     b = np.array([histogram(part) for part in np.array_split(second, n_blocks)])
     value = jensen_shannon(a.sum(0), b.sum(0))
-    left_out = np.array(
-        [jensen_shannon(a.sum(0) - a[i], b.sum(0) - b[i]) for i in range(n_blocks)]
-    )
+    left_out = np.array([jensen_shannon(a.sum(0) - a[i], b.sum(0) - b[i]) for i in range(n_blocks)])
     error = math.sqrt((n_blocks - 1) / n_blocks * ((left_out - left_out.mean()) ** 2).sum())
     noise = [
         jensen_shannon(histogram(half_a), histogram(half_b))

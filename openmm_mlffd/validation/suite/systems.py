@@ -192,5 +192,3 @@ def _copy_atoms(source: app.Topology, target: app.Topology) -> None:
 
 def _angstrom(positions: Any) -> NDArray[np.float64]:
     return np.array(positions.value_in_unit(unit.angstrom), np.float64)
-
-
