@@ -272,7 +272,7 @@ def run_validate_command(
             split=split,
             training=training,
             speed=speed,
-            minutes=math.inf if run_minutes is None else run_minutes,
+            minutes=run_minutes,
             progress=_progress(echo),
         )
         content = run_validation(job, sections)

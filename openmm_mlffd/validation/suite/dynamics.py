@@ -190,8 +190,10 @@ def _segment(
         else:
             context.setPositions(system.nanometers)
             openmm.LocalEnergyMinimizer.minimize(context, maxIterations=run.minimization)
-            # at a minimum: half of the kinetic energy is about to become potential energy
-            context.setVelocitiesToTemperature(2 * run.temperature, seed)
+            # at a minimum half of the kinetic energy is about to become potential energy; boxes
+            # are not minimised that far
+            share = 2 if run.pressure is None else 1
+            context.setVelocitiesToTemperature(share * run.temperature, seed)
         for i in range(length):
             integrator.step(every)
             state = context.getState(positions=True, energy=True)

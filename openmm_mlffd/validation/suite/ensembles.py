@@ -35,6 +35,9 @@ DENSITY = (0.8, 1.2)
 LONGEST_BOND = 1.5
 """Times its length in the minimised structure."""
 
+JUDGED_PICOSECONDS = 1.0
+"""Temperatures of shorter runs are not judged: it is five times that of the thermostat [ps]."""
+
 _SMALLEST_SAMPLE = 50
 
 
@@ -49,7 +52,7 @@ def run_and_keep(
         "timestep": run.timestep, "temperature": run.temperature, "seed": run.seed,
         "minimization": run.minimization,
     }  # fmt: skip
-    limit = job.minutes if minutes is None else minutes
+    limit = job.limit(minutes)
     held: list[Trajectory] = []
 
     def go(folder: Path, limit: float) -> Trajectory:
@@ -66,9 +69,14 @@ def run_and_keep(
             "picoseconds": len(trajectory.time) * run.frame,
             "failure": trajectory.failure,
             "seconds_per_step": trajectory.seconds_per_step,
+            "minutes": None if math.isinf(limit) else limit,
         }
 
-    piece = job.store.piece(f"{name} {run.name}", settings, measure)
+    def unfinished(known: dict[str, Any]) -> bool:
+        short = known["picoseconds"] < 0.999 * run.picoseconds and not known["failure"]
+        return short and limit > (known["minutes"] or math.inf)
+
+    piece = job.store.piece(f"{name} {run.name}", settings, measure, unfinished=unfinished)
     return held[0] if held else go(piece.folder, 0.0)
 
 
@@ -227,7 +235,8 @@ def ensemble_checks(run: EnsembleRun, numbers: Mapping[str, Any]) -> list[Check]
         Check(name="longest bond / its length at the start", value=value("longest_bond"), unit="",
               high=LONGEST_BOND),
     ]  # fmt: skip
-    if not math.isnan(value("temperature_error")):
+    long = numbers["picoseconds"] > 0.999 * JUDGED_PICOSECONDS
+    if long and not math.isnan(value("temperature_error")):
         allowed = TEMPERATURE_ERROR * run.temperature + 3 * error("temperature_error")
         checks.append(
             Check(
@@ -235,7 +244,7 @@ def ensemble_checks(run: EnsembleRun, numbers: Mapping[str, Any]) -> list[Check]
                 value=abs(value("temperature") - run.temperature),
             )
         )  # fmt: skip
-    if not math.isnan(value("kinetic_width_error")):
+    if long and not math.isnan(value("kinetic_width_error")):
         allowed = WIDTH_ERROR + 3 * error("kinetic_width_error")
         checks.append(
             Check(

@@ -1,6 +1,5 @@
 """What the sections are given, and what they give back."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -45,11 +44,17 @@ class Job:
     speed: Path | None = None
     """JSON of a speed measurement."""
 
-    minutes: float = math.inf
-    """Wall time after which a single run is ended as it is."""
+    minutes: float | None = None
+    """Wall time after which a single run is ended as it is; None for what the plan says."""
 
     progress: Progress = silent
     """Told how far long runs are."""
+
+    def limit(self, planned: float | None = None) -> float:
+        """Wall time of a run [min], given what the plan has for it."""
+        if self.minutes is not None:
+            return self.minutes
+        return self.plan.run_minutes if planned is None else planned
 
 
 @dataclass(frozen=True, kw_only=True)

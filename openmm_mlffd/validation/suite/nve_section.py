@@ -102,6 +102,7 @@ def measure_run(job: Job, run: NVERun) -> list[EnergyTrace]:
     start = openmm.XmlSerializer.deserialize((piece.folder / "state.xml").read_text())
     sample = max(max(run.timesteps), 1e3 * run.picoseconds / LARGEST_SAMPLES)
     traces = []
+    limit = job.limit(run.minutes)
     for timestep in sorted(run.timesteps):
         settings = start_settings | {
             "precision": run.precision, "length": run.picoseconds, "timestep": timestep,
@@ -112,12 +113,20 @@ def measure_run(job: Job, run: NVERun) -> list[EnergyTrace]:
         def measure(folder: Path, timestep: float = timestep, held: list = held) -> dict[str, Any]:
             trace = _run(job, make, start, run, folder, timestep, sample)
             held.append(trace)
-            return {"picoseconds": float(trace.time[-1])}
+            return {
+                "picoseconds": float(trace.time[-1]),
+                "minutes": None if math.isinf(limit) else limit,
+            }
+
+        def unfinished(known: dict[str, Any]) -> bool:
+            short = known["picoseconds"] < 0.999 * run.picoseconds
+            return short and limit > (known["minutes"] or math.inf)
 
         name = f"NVE {run.name} {timestep:g} fs"
-        piece = job.store.piece(name, settings, measure)
-        traces.append(held[0] if held else _run(job, make, start, run, piece.folder, timestep,
-                                                sample, finished=True))  # fmt: skip
+        piece = job.store.piece(name, settings, measure, unfinished=unfinished)
+        if not held:
+            held.append(_run(job, make, start, run, piece.folder, timestep, sample, finished=True))
+        traces.append(held[0])
     return traces
 
 
@@ -126,10 +135,17 @@ def _run(
     timestep: float, sample: float, *, finished: bool = False,
 ) -> EnergyTrace:  # fmt: skip
     return run_nve_on_disk(
-        make, start, folder, timestep=timestep, picoseconds=run.picoseconds, sample=sample,
-        clock=job.store.clock, minutes=0.0 if finished else job.minutes, progress=job.progress,
+        make,
+        start,
+        folder,
+        timestep=timestep,
+        picoseconds=run.picoseconds,
+        sample=sample,
+        clock=job.store.clock,
+        minutes=0.0 if finished else job.limit(run.minutes),
+        progress=job.progress,
         label=f"NVE {run.name} {timestep:g} fs",
-    )  # fmt: skip
+    )
 
 
 def run_numbers(run: NVERun, traces: Sequence[EnergyTrace]) -> dict[str, Any]:
@@ -218,9 +234,9 @@ def gradient_error(job: Job, system: System) -> float:
 def force_jump(job: Job, system: System) -> float:
     """Largest change of any force component within a tiny step of a ramp [eV/Å].
 
-    The nearest hydrogen of a methane goes away from the molecule, from 2 to 7.5 Å, so that all its
-    distances pass through the cutoff. Where forces change fast but smoothly, the change of the
-    step before is the expectation: what counts is the deviation from it.
+    A methane goes away from the molecule, from 2 to 7.5 Å, so that all its distances pass through
+    the cutoff. Where forces change fast but smoothly, the change of the step before is the
+    expectation: what counts is the deviation from it.
     """
     methane = np.array(
         [[0.0, 0, 0], [0.63, 0.63, 0.63], [-0.63, -0.63, 0.63], [-0.63, 0.63, -0.63],
@@ -234,15 +250,18 @@ def force_jump(job: Job, system: System) -> float:
         moved = methane + np.array([edge + distance, 0.1, 0.2])
         return Structure(numbers, np.concatenate([system.positions, moved]))
 
-    # where forces change most over 40 mÅ, look closer
-    coarse = _forces(job, [at(d) for d in ramp])
-    bend = np.abs(coarse[2:] - 2 * coarse[1:-1] + coarse[:-2]).max((1, 2))
-    worst = 0.0
-    for place in np.argsort(-bend)[:4]:
-        fine = np.arange(ramp[place], ramp[place + 2] + 1e-9, RAMP_STEP)
-        forces = _forces(job, [at(d) for d in fine])
-        jumps = np.abs(forces[2:] - 2 * forces[1:-1] + forces[:-2]).max((1, 2))
-        worst = max(worst, float(jumps.max()))
+    # where forces bend most, look closer, and closer again
+    places, worst = [(2.0, 7.5)], 0.0
+    for step in (0.04, 0.004, RAMP_STEP):
+        found: list[tuple[float, float]] = []
+        for low, high in places:
+            ramp = np.arange(low, high + 0.5 * step, step)
+            forces = _forces(job, [at(d) for d in ramp])
+            bend = np.abs(forces[2:] - 2 * forces[1:-1] + forces[:-2]).max((1, 2))
+            found += [(float(bend[k]), float(ramp[k])) for k in np.argsort(-bend)[:3]]
+        found.sort(reverse=True)
+        places = [(start, start + 2 * step) for _, start in found[:3]]
+        worst = found[0][0]
     return worst
 
 

@@ -1,5 +1,6 @@
 """How much is measured: the levels of a validation."""
 
+import math
 from dataclasses import dataclass, field
 
 SECTIONS = ("forces", "nve", "ensembles", "teacher", "robustness", "speed")
@@ -41,6 +42,9 @@ class NVERun:
 
     copies: tuple[int, int, int] = (1, 1, 1)
     """The box, repeated so often along each of its vectors."""
+
+    minutes: float | None = None
+    """Wall time of each run at most; None for that of the plan."""
 
     judged: bool = True
     """Whether its numbers have to pass; others are only reported."""
@@ -144,6 +148,9 @@ class Plan:
     smoothness: tuple[str, ...] = field(default=("N-methylacetamide", "trimethyl phosphate"))
     """Molecules at which forces are compared with differences of energies."""
 
+    run_minutes: float = math.inf
+    """Wall time of each simulation at most [min]; it is then as long as it is."""
+
     speed_steps: int = 100
     """Steps that are timed."""
 
@@ -172,14 +179,14 @@ def _tiny() -> Plan:
     return Plan(
         level="tiny",
         forces=ForcePlan(max_structures=None, max_reference=40, n_worst=2),
-        nve=(NVERun(system="methanol", picoseconds=0.1, timesteps=(0.5, 1.0)),),
+        nve=(NVERun(system="methanol", picoseconds=0.05, timesteps=(0.25, 0.5)),),
         ensembles=(EnsembleRun(system="methanol", picoseconds=0.2, frame=0.005),),
         teacher=TeacherPlan(
             molecules=("water",),
             torsions=(),
             scan_step=60.0,
             dimers=("water–water",),
-            peptide=EnsembleRun(system="methanol", picoseconds=0.05, frame=0.005),
+            peptide=EnsembleRun(system="methanol", picoseconds=0.05, frame=0.0015),
             water=None,
         ),
         robustness=RobustnessPlan(
@@ -191,17 +198,19 @@ def _tiny() -> Plan:
 
 
 def _smoke() -> Plan:
+    peptide = EnsembleRun(system=PEPTIDE, picoseconds=1.25, frame=0.005, timestep=1.0)
     return Plan(
         level="smoke",
         forces=ForcePlan(max_structures=300, max_reference=1000, n_worst=5),
         nve=(
-            NVERun(system=PEPTIDE, picoseconds=1.0),
-            NVERun(system=PEPTIDE, picoseconds=0.4, timesteps=(0.5,), precision="single"),
+            NVERun(system=PEPTIDE, picoseconds=0.6),
+            NVERun(system=PEPTIDE, picoseconds=0.3, timesteps=(0.5,), precision="single"),
         ),
         ensembles=(
-            EnsembleRun(system=PEPTIDE, picoseconds=1.5, frame=0.01),
+            peptide,
             EnsembleRun(
-                system=WATER, picoseconds=0.06, frame=0.003, pressure=1.0, minimization=10
+                system=WATER, picoseconds=0.05, frame=0.005, pressure=1.0, timestep=1.0,
+                minimization=10,
             ),
         ),
         teacher=TeacherPlan(
@@ -209,7 +218,7 @@ def _smoke() -> Plan:
             torsions=("glycol",),
             scan_step=30.0,
             dimers=("water–water", "amide–water"),
-            peptide=EnsembleRun(system=PEPTIDE, picoseconds=0.5, frame=0.005),
+            peptide=peptide,
             water=None,
         ),
         robustness=RobustnessPlan(
@@ -220,25 +229,29 @@ def _smoke() -> Plan:
 
 
 def _full() -> Plan:
+    mixed = "single"
     return Plan(
         level="full",
+        run_minutes=2.0,
         forces=ForcePlan(max_structures=None, max_reference=4000),
         nve=(
-            NVERun(system=DRUG, picoseconds=1000.0, timesteps=(0.5,), precision="single"),
-            NVERun(system=DRUG, picoseconds=10.0, timesteps=(0.25, 0.5, 1.0)),
-            NVERun(system=DRUG, picoseconds=10.0, timesteps=(0.5,), precision="single"),
-            NVERun(system=PEPTIDE, picoseconds=10.0),
             NVERun(
-                system=WATER, picoseconds=2.0, timesteps=(0.5, 1.0), precision="single",
+                system=DRUG, picoseconds=1000.0, timesteps=(0.5,), precision=mixed, minutes=6.0
+            ),
+            NVERun(system=DRUG, picoseconds=4.0),
+            NVERun(system=PEPTIDE, picoseconds=4.0),
+            NVERun(system=PEPTIDE, picoseconds=4.0, precision=mixed),
+            NVERun(
+                system=WATER, picoseconds=1.0, timesteps=(0.5, 1.0), precision=mixed,
                 copies=(4, 2, 2), judged=False,
             ),
         ),
         ensembles=(
-            EnsembleRun(system=PEPTIDE, picoseconds=100.0, frame=0.05),
+            EnsembleRun(system=PEPTIDE, picoseconds=200.0, frame=0.05),
             EnsembleRun(
                 system=WATER, picoseconds=200.0, frame=0.1, pressure=1.0, copies=(2, 2, 1)
             ),
-            EnsembleRun(system=PEPTIDE_IN_WATER, picoseconds=100.0, frame=0.1, pressure=1.0),
+            EnsembleRun(system=PEPTIDE_IN_WATER, picoseconds=200.0, frame=0.1, pressure=1.0),
         ),
         teacher=TeacherPlan(
             molecules=None,
@@ -247,10 +260,10 @@ def _full() -> Plan:
             dimers=None,
             peptide=EnsembleRun(system=PEPTIDE, picoseconds=50.0, frame=0.01),
             water=EnsembleRun(
-                system=WATER, picoseconds=50.0, frame=0.02, pressure=1.0, copies=(2, 2, 1)
+                system=WATER, picoseconds=20.0, frame=0.01, pressure=1.0, copies=(2, 2, 1)
             ),
         ),
         robustness=RobustnessPlan(
-            distorted=5000, minimizations=150, hot_picoseconds=20.0, hot_molecules=None
+            distorted=5000, minimizations=150, hot_picoseconds=2.0, hot_molecules=None
         ),
     )  # fmt: skip

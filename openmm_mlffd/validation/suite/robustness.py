@@ -266,7 +266,7 @@ def _measure_hot(job: Job, name: str, minima: Mapping[str, float]) -> dict[str, 
     def measure(folder: Path) -> dict[str, Any]:
         trajectory = run_langevin(
             lambda: job.model.system(system.topology), system, run, folder,
-            clock=job.store.clock, minutes=job.minutes, progress=job.progress,
+            clock=job.store.clock, minutes=job.limit(), progress=job.progress,
         )  # fmt: skip
         above = trajectory.potential - minima[name]
         return {

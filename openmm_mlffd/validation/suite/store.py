@@ -84,6 +84,8 @@ class Store:
         name: str,
         settings: Mapping[str, Any],
         measure: Callable[[Path], dict[str, Any]],
+        *,
+        unfinished: Callable[[dict[str, Any]], bool] = lambda _: False,
     ) -> Piece:
         """A piece that was measured before with these settings, or measured now.
 
@@ -96,6 +98,8 @@ class Store:
         measure
             Is given the piece's folder, where it may have left something the last time, and
             returns the numbers.
+        unfinished
+            Told the numbers of an earlier command; whether it is worth while to measure again.
 
         Raises
         ------
@@ -109,8 +113,10 @@ class Store:
         folder = self.folder / f"{words}-{key}"
         numbers = folder / "numbers.json"
         if numbers.is_file():
-            self.tell(f"{name}: found")
-            return Piece(json.loads(numbers.read_text("utf-8")), folder)
+            known = json.loads(numbers.read_text("utf-8"))
+            if not unfinished(known):
+                self.tell(f"{name}: found")
+                return Piece(known, folder)
         self.clock.check()
         folder.mkdir(exist_ok=True)
         write_json(folder / "settings.json", settings)
