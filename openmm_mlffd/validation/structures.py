@@ -78,7 +78,7 @@ def read_sdf(path: str | Path) -> tuple[app.Topology, Any]:
     return topology_of(molecule, path)
 
 
-def topology_of(molecule: Any, path: Path) -> tuple[app.Topology, Any]:
+def topology_of(molecule: Any, path: str | Path) -> tuple[app.Topology, Any]:
     """Topology and positions of an RDKit molecule; arguments and errors as `read_sdf`."""
     missing = sum(atom.GetTotalNumHs() for atom in molecule.GetAtoms())
     if missing:

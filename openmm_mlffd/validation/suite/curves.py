@@ -136,10 +136,10 @@ def draw_map(
     with new_canvas(width=4.0, height=3.3) as canvas:
         (axes,) = canvas.axes
         size = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
-        limits = {"vmin": -size, "vmax": size} if centered else {"vmin": 0.0, "vmax": size}
+        low = -size if centered else 0.0
         mesh = axes.pcolormesh(
             edges, edges, values.T, cmap="RdBu_r" if centered else "viridis_r", rasterized=True,
-            **limits,
+            vmin=low, vmax=size,
         )  # fmt: skip
         axes.set(aspect="equal", xticks=np.arange(-180, 181, 90), yticks=np.arange(-180, 181, 90))
         axes.set_xlabel(labels[0])

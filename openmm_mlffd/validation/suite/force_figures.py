@@ -64,7 +64,7 @@ def draw_errors(
         (axes,) = canvas.axes
         limit = max(float(np.quantile(np.abs(errors), quantile)), 1e-9)
         edges = np.linspace(-limit if signed else 0.0, limit, 61)
-        axes.hist(np.clip(errors, edges[0], edges[-1]), edges, color=COLORS[0])
+        axes.hist(np.clip(errors, edges[0], edges[-1]), edges.tolist(), color=COLORS[0])
         axes.set_yscale("log")
         if signed:
             axes.axvline(0.0, color=GREY, linewidth=0.8)
@@ -166,7 +166,7 @@ def draw_molecule(
             axes.plot(*flat[[i, j]].T, color="#BBBBBB", linewidth=1.4, zorder=1)
         error = np.linalg.norm(student - teacher, axis=1)
         points = axes.scatter(
-            *flat.T, s=160 * radii, c=error, cmap="magma_r", vmin=0,
+            flat[:, 0], flat[:, 1], s=160 * radii, c=error, cmap="magma_r", vmin=0,
             edgecolors=[ATOM_COLORS.get(z, "#888888") for z in structure.numbers.tolist()],
             linewidths=1.6, zorder=2,
         )  # fmt: skip

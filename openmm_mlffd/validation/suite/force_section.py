@@ -50,7 +50,7 @@ def write_worst(job: Job, e: Evaluated) -> list[str]:
     """Write the structures with the largest errors as XYZ and PyMOL scripts; gives their names."""
     folder = job.output / WORST_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    names = []
+    names: list[str] = []
     order = np.argsort(-e.rmse, kind="stable")[: job.plan.forces.n_worst]
     for rank, i in enumerate(order.tolist(), 1):
         structure, rows = e.structure(i)
@@ -94,7 +94,7 @@ def _parities(e: Evaluated) -> list[FigureBlock]:
             alt="Force components of the student against those of the teacher.",
         ),
         FigureBlock(
-            svg=draw.draw_parity(*lengths, "length of the force [eV/Å]"),
+            svg=draw.draw_parity(lengths[0], lengths[1], "length of the force [eV/Å]"),
             caption="Length of the force on each atom. Below the line: the student is too soft.",
             alt="Lengths of the student's forces against the teacher's.",
         ),
@@ -192,12 +192,12 @@ def _groups(numbers: Mapping[str, Any]) -> list[FigureBlock]:
     for key, what in (("elements", "element"), ("subsets", "subset")):
         table = numbers[key]
         errors = {name: row["force_mae"] for name, row in table.items()}
-        columns = [
+        value, low, high = (
             np.array([row[k] for row in errors.values()], float) for k in ("value", "low", "high")
-        ]
+        )
         figures.append(
             FigureBlock(
-                svg=draw.draw_bars(list(errors), *columns, "force MAE [meV/Å]"),
+                svg=draw.draw_bars(list(errors), value, low, high, "force MAE [meV/Å]"),
                 caption=f"Mean error of force components by {what}; lines are 95 % confidence "
                 "intervals (bootstrap over molecules).",
                 alt=f"Force errors by {what}.",

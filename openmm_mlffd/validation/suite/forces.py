@@ -242,7 +242,7 @@ def _summary(e: Evaluated, chosen: NDArray[np.int64]) -> dict[str, Any]:
     conformer, conformers = conformer_errors(e)
 
     def per_structure(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(owner, values, n)
+        return np.bincount(owner, values, n).astype(np.float64)
 
     def interval(top: Any, bottom: Any, scale: float = 1.0, root: bool = False) -> dict[str, Any]:
         value, low, high = bootstrap_ratio(
@@ -312,7 +312,9 @@ def _elements(e: Evaluated) -> dict[str, Any]:
         mine = numbers == z
         atoms = np.bincount(owner, mine, n)
         value, low, high = bootstrap_ratio(
-            np.bincount(owner, absolute * mine, n), 3 * atoms, e.structures.group
+            np.bincount(owner, absolute * mine, n).astype(np.float64),
+            3.0 * atoms.astype(np.float64),
+            e.structures.group,
         )
         label = e.labels[mine]
         table[symbol(z)] = {

@@ -106,7 +106,7 @@ def geometry_features(
     torsions = proper_torsions(system)
     if len(torsions):
         values = [np.degrees(mdtraj.compute_dihedrals(f, torsions)).astype(float) for f in frames]
-        found.append(Feature("torsions", "degrees", *values, periodic=True))
+        found.append(Feature("torsions", "degrees", values[0], values[1], periodic=True))
     if len(system.numbers) > 2:
         radii = [mdtraj.compute_rg(f).astype(float)[:, None] * ANGSTROM_PER_NM for f in frames]
         found.append(Feature("radius of gyration", "Å", *radii))
@@ -134,7 +134,7 @@ def ramachandran(system: System, positions: NDArray[np.float32]) -> NDArray[np.f
 def free_energy_map(dihedrals: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
     """Free energy of phi and psi above its minimum [eV]; NaN where there is no frame."""
     edges = np.linspace(-180, 180, MAP_BINS + 1)
-    counts, _, _ = np.histogram2d(*dihedrals.T, bins=(edges, edges))
+    counts, _, _ = np.histogram2d(dihedrals[:, 0], dihedrals[:, 1], bins=[edges, edges])
     free = np.full(counts.shape, np.nan)
     seen = counts > 0
     free[seen] = -BOLTZMANN * temperature * np.log(counts[seen] / counts.max())
@@ -156,7 +156,7 @@ def compare_maps(
     edges = np.linspace(-180, 180, MAP_BINS + 1)
 
     def histogram(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.histogram2d(*values.T, bins=(edges, edges))[0]
+        return np.histogram2d(values[:, 0], values[:, 1], bins=[edges, edges])[0]
 
     def difference(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
         both = (p > 0) & (q > 0)

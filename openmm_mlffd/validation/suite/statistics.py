@@ -136,8 +136,8 @@ def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
     """Spearman's correlation; ties are in the order in which they come."""
     if len(x) < 2:
         return math.nan
-    ranks = [np.argsort(np.argsort(v, kind="stable")).astype(float) for v in (x, y)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    first, second = (np.argsort(np.argsort(v, kind="stable")).astype(float) for v in (x, y))
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def quantile_bins(

@@ -157,7 +157,8 @@ def test_each_panel_is_a_figure_of_its_own(measured):
     captions = " ".join(f.caption for f in drawn)
     for what in (
         "Energy per atom", "components of the forces", "Length of the force",
-        "Errors of the energy", "Errors of the force", "Share of the atoms", "Angle between", "against its length",
+        "Errors of the energy", "Errors of the force", "Share of the atoms", "Angle between",
+        "against its length",
         "against the size", "against the temperature", "training set", "by element", "by subset",
         "worst structures", "arrows are the forces", "stress",
     ):  # fmt: skip
