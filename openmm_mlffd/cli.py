@@ -253,6 +253,13 @@ def validate(
     run_minutes: Annotated[
         float | None, typer.Option(help="End each simulation after so long, however short it is.")
     ] = None,
+    measure_only: Annotated[
+        bool, typer.Option("--measure-only", help="No report: for machines without its packages.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="With --measure-only: tasks whose names hold this text, repeatable."),
+    ] = None,
 ) -> None:
     """Is a student fit for dynamics? Exit code 0: passed, 1: failed, 3: not finished."""
     from openmm_mlffd.validation.suite.command import run_validate_command
@@ -275,6 +282,8 @@ def validate(
         device=device,
         max_minutes=max_minutes,
         run_minutes=run_minutes,
+        measure_only=measure_only,
+        only=only or [],
         echo=typer.echo,
     )
     if not (finished and passed):

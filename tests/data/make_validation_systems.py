@@ -15,6 +15,8 @@ from openmm import app, unit
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
+from openmm_mlffd.validation.structures import topology_of
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "openmm_mlffd" / "validation" / "suite" / "systems"
 EXAMPLES = ROOT / "examples" / "structures"
@@ -22,7 +24,7 @@ SEED = 7
 
 DRUG = "oseltamivir", "CCOC(=O)C1=C[C@@H](OC(CC)CC)[C@H](NC(C)=O)[C@@H](N)C1"
 
-# name: SMILES; torsions to scan as the heavy atoms' indices in the SMILES
+# torsions to scan are in openmm_mlffd/validation/suite/systems.py, as indices of these atoms
 MOLECULES = {
     "water": "O",
     "ammonia": "N",
@@ -41,13 +43,6 @@ MOLECULES = {
     "styrene": "C=Cc1ccccc1",
     "trimethyl phosphate": "COP(=O)(OC)OC",
 }
-TORSIONS = {
-    "butane": (0, 1, 2, 3),
-    "glycol": (0, 1, 2, 3),
-    "N-methylacetamide": (0, 1, 3, 4),
-    "ethyl methyl sulfide": (0, 1, 2, 3),
-    "styrene": (0, 1, 2, 3),
-}
 
 
 def conformer(name: str, smiles: str) -> Chem.Mol:
@@ -58,17 +53,23 @@ def conformer(name: str, smiles: str) -> Chem.Mol:
     AllChem.EmbedMolecule(molecule, parameters)
     AllChem.MMFFOptimizeMolecule(molecule, maxIters=2000)
     molecule.SetProp("_Name", name)
-    if name in TORSIONS:
-        molecule.SetProp("torsion", " ".join(map(str, TORSIONS[name])))
     return molecule
 
 
 def write_molecules() -> None:
-    with Chem.SDWriter(str(FOLDER / "drug.sdf")) as writer:
-        writer.write(conformer(*DRUG))
-    with Chem.SDWriter(str(FOLDER / "molecules.sdf")) as writer:
-        for name, smiles in MOLECULES.items():
-            writer.write(conformer(name, smiles))
+    write_pdb(conformer(*DRUG), FOLDER / "drug.pdb")
+    for name, smiles in MOLECULES.items():
+        path = FOLDER / f"molecule-{name.replace(' ', '-')}.pdb"
+        write_pdb(conformer(name, smiles), path)
+
+
+def write_pdb(molecule: Chem.Mol, path: Path) -> None:
+    """As a PDB file with CONECT records, which OpenMM reads as it is."""
+    topology, positions = topology_of(molecule, path)
+    for residue in topology.residues():
+        residue.name = "LIG"  # "MET" of methanol would be methionine
+    with path.open("w") as file:
+        app.PDBFile.writeFile(topology, positions, file)
 
 
 def write_dimers() -> None:

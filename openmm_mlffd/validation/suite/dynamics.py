@@ -25,7 +25,7 @@ FRICTION = 5.0
 BAROSTAT_INTERVAL = 10
 """Steps between attempts to change the volume."""
 
-SEGMENTS = 200
+SEGMENTS = 800
 """A run is cut into so many at most; an interruption costs one."""
 
 SEGMENT_STEPS = 250

@@ -17,10 +17,10 @@ from openmm_mlffd.validation.suite.ensembles import (
     ensemble_checks,
     ensemble_numbers,
     equilibrated,
-    run_and_keep,
 )
 from openmm_mlffd.validation.suite.job import Job, SectionResult, named
 from openmm_mlffd.validation.suite.plan import EnsembleRun
+from openmm_mlffd.validation.suite.runs import run_and_keep
 from openmm_mlffd.validation.suite.systems import System, load_system
 
 

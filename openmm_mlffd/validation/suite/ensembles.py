@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,10 @@ from numpy.typing import NDArray
 from openmm_mlffd.units import BAR_PER_EV_PER_CUBIC_ANGSTROM, BOLTZMANN
 from openmm_mlffd.validation import analysis
 from openmm_mlffd.validation.conservation import Check, temperature
-from openmm_mlffd.validation.suite.dynamics import Trajectory, run_langevin
-from openmm_mlffd.validation.suite.job import Job
-from openmm_mlffd.validation.suite.models import Model
+from openmm_mlffd.validation.suite.dynamics import Trajectory
 from openmm_mlffd.validation.suite.plan import EnsembleRun
 from openmm_mlffd.validation.suite.statistics import block_error
-from openmm_mlffd.validation.suite.systems import System, load_system
+from openmm_mlffd.validation.suite.systems import System
 
 EQUILIBRATION = 0.2
 """Share of a run that is left out at its start."""
@@ -39,54 +36,6 @@ JUDGED_PICOSECONDS = 1.0
 """Temperatures of shorter runs are not judged: it is five times that of the thermostat [ps]."""
 
 _SMALLEST_SAMPLE = 50
-
-
-def run_and_keep(
-    job: Job, model: Model, run: EnsembleRun, name: str, *, minutes: float | None = None
-) -> Trajectory:
-    """Trajectory of a Langevin run, now or from before."""
-    system = load_system(run.system, run.copies)
-    settings = {
-        "model": model.identity, "system": run.system, "copies": run.copies,
-        "picoseconds": run.picoseconds, "frame": run.frame, "pressure": run.pressure,
-        "timestep": run.timestep, "temperature": run.temperature, "seed": run.seed,
-        "minimization": run.minimization,
-    }  # fmt: skip
-    limit = job.limit(minutes)
-    held: list[Trajectory] = []
-
-    def go(folder: Path, limit: float) -> Trajectory:
-        return run_langevin(
-            lambda: model.system(system.topology), system, run, folder,
-            clock=job.store.clock, minutes=limit, progress=job.progress,
-        )  # fmt: skip
-
-    def measure(folder: Path) -> dict[str, Any]:
-        trajectory = go(folder, limit)
-        held.append(trajectory)
-        write_trajectory(folder, system, trajectory)
-        return {
-            "picoseconds": len(trajectory.time) * run.frame,
-            "failure": trajectory.failure,
-            "seconds_per_step": trajectory.seconds_per_step,
-            "minutes": None if math.isinf(limit) else limit,
-        }
-
-    def unfinished(known: dict[str, Any]) -> bool:
-        short = known["picoseconds"] < 0.999 * run.picoseconds and not known["failure"]
-        return short and limit > (known["minutes"] or math.inf)
-
-    piece = job.store.piece(f"{name} {run.name}", settings, measure, unfinished=unfinished)
-    return held[0] if held else go(piece.folder, 0.0)
-
-
-def write_trajectory(folder: Path, system: System, trajectory: Trajectory) -> None:
-    """Write the frames for other programs: `trajectory.dcd` and `topology.pdb`."""
-    frames = as_mdtraj(system, trajectory)
-    if not len(frames):
-        return
-    frames[0].save_pdb(str(folder / "topology.pdb"))
-    frames.save_dcd(str(folder / "trajectory.dcd"))
 
 
 def as_mdtraj(system: System, trajectory: Trajectory) -> Any:

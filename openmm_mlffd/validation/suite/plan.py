@@ -145,7 +145,7 @@ class Plan:
     ensembles: tuple[EnsembleRun, ...]
     teacher: TeacherPlan
     robustness: RobustnessPlan
-    smoothness: tuple[str, ...] = field(default=("N-methylacetamide", "trimethyl phosphate"))
+    smoothness: tuple[str, ...] = field(default=("N-methylacetamide",))
     """Molecules at which forces are compared with differences of energies."""
 
     run_minutes: float = math.inf
@@ -230,10 +230,13 @@ def _smoke() -> Plan:
 
 def _full() -> Plan:
     mixed = "single"
+    peptide = EnsembleRun(system=PEPTIDE, picoseconds=200.0, frame=0.05)
+    water = EnsembleRun(system=WATER, picoseconds=200.0, frame=0.05, pressure=1.0, copies=(2, 2, 1))
     return Plan(
         level="full",
         run_minutes=2.0,
         forces=ForcePlan(max_structures=None, max_reference=4000),
+        smoothness=("N-methylacetamide", "trimethyl phosphate"),
         nve=(
             NVERun(
                 system=DRUG, picoseconds=1000.0, timesteps=(0.5,), precision=mixed, minutes=6.0
@@ -247,10 +250,8 @@ def _full() -> Plan:
             ),
         ),
         ensembles=(
-            EnsembleRun(system=PEPTIDE, picoseconds=200.0, frame=0.05),
-            EnsembleRun(
-                system=WATER, picoseconds=200.0, frame=0.1, pressure=1.0, copies=(2, 2, 1)
-            ),
+            peptide,
+            water,
             EnsembleRun(system=PEPTIDE_IN_WATER, picoseconds=200.0, frame=0.1, pressure=1.0),
         ),
         teacher=TeacherPlan(
@@ -258,10 +259,8 @@ def _full() -> Plan:
             torsions=None,
             scan_step=15.0,
             dimers=None,
-            peptide=EnsembleRun(system=PEPTIDE, picoseconds=50.0, frame=0.01),
-            water=EnsembleRun(
-                system=WATER, picoseconds=20.0, frame=0.01, pressure=1.0, copies=(2, 2, 1)
-            ),
+            peptide=peptide,
+            water=water,
         ),
         robustness=RobustnessPlan(
             distorted=5000, minimizations=150, hot_picoseconds=2.0, hot_molecules=None

@@ -49,6 +49,9 @@ class Piece:
     folder: Path
     """Its arrays and trajectories."""
 
+    machine: str = ""
+    """What it was measured on."""
+
     def arrays(self, name: str = "arrays") -> dict[str, NDArray[Any]]:
         """Arrays that it stored under a name."""
         return read_arrays(self.folder / f"{name}.npz")
@@ -65,6 +68,9 @@ class Store:
         Looked at before a piece is begun.
     tell
         Is given a line for each piece that is begun, and for each that was there.
+    machine
+        What measures, in words; it is kept with the pieces, which may have been measured
+        elsewhere.
     """
 
     def __init__(
@@ -73,11 +79,15 @@ class Store:
         *,
         clock: Clock | None = None,
         tell: Callable[[str], object] = lambda _: None,
+        machine: str = "",
     ) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.clock = clock or Clock()
         self.tell = tell
+        self._machine = machine
+        self.machines: set[str] = set()
+        """What all pieces that were asked for so far were measured on."""
 
     def piece(
         self,
@@ -116,16 +126,23 @@ class Store:
             known = json.loads(numbers.read_text("utf-8"))
             if not unfinished(known):
                 self.tell(f"{name}: found")
-                return Piece(known, folder)
+                return self._give(known, folder)
         self.clock.check()
         folder.mkdir(exist_ok=True)
         write_json(folder / "settings.json", settings)
         self.tell(f"{name} …")
         began = time.monotonic()
         found = plain(measure(folder))
+        seconds = time.monotonic() - began
+        write_json(folder / "made.json", {"machine": self._machine, "seconds": seconds})
         write_json(numbers, found)
-        self.tell(f"{name}: {time.monotonic() - began:.1f} s")
-        return Piece(found, folder)
+        self.tell(f"{name}: {seconds:.1f} s")
+        return self._give(found, folder)
+
+    def _give(self, numbers: dict[str, Any], folder: Path) -> Piece:
+        made = json.loads((folder / "made.json").read_text("utf-8"))
+        self.machines.add(made["machine"])
+        return Piece(numbers, folder, made["machine"])
 
 
 def plain(value: Any) -> Any:

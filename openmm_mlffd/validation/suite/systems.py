@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openmm import app, unit
 
 from openmm_mlffd.units import ANGSTROM_PER_NM
-from openmm_mlffd.validation.structures import read_structure, topology_of
+from openmm_mlffd.validation.structures import read_structure
 from openmm_mlffd.validation.suite.models import Structure, masses_and_numbers
 from openmm_mlffd.validation.suite.plan import DRUG, PEPTIDE, PEPTIDE_IN_WATER, WATER
 
@@ -20,9 +20,25 @@ FOLDER = Path(str(files("openmm_mlffd.validation.suite") / "systems"))
 _FILES = {
     PEPTIDE: "alanine-dipeptide.pdb",
     WATER: "water-64.pdb",
-    DRUG: "drug.sdf",
+    DRUG: "drug.pdb",
     PEPTIDE_IN_WATER: "peptide-in-water.pdb",
 }
+
+TORSIONS = {
+    "butane": (0, 1, 2, 3),
+    "glycol": (0, 1, 2, 3),
+    "N-methylacetamide": (0, 1, 3, 4),
+    "ethyl methyl sulfide": (0, 1, 2, 3),
+    "styrene": (0, 1, 2, 3),
+}
+"""Molecules whose torsions are scanned, and the atoms of the torsion."""
+
+MOLECULES = (
+    "water", "ammonia", "methanol", "formaldehyde", "chloromethane", "butane", "glycol",
+    "acetic acid", "N-methylacetamide", "dimethyl sulfoxide", "ethyl methyl sulfide", "benzene",
+    "fluorobenzene", "pyridine", "styrene", "trimethyl phosphate",
+)  # fmt: skip
+"""The small molecules."""
 
 
 @dataclass(frozen=True)
@@ -103,24 +119,12 @@ def load_system(name: str, copies: tuple[int, int, int] = (1, 1, 1)) -> System:
 @cache
 def molecules() -> dict[str, System]:
     """The small molecules, by name."""
-    try:
-        from rdkit import Chem
-    except ImportError as error:
-        raise ImportError(
-            "RDKit is needed to read SDF files: pip install openmm-mlffd[analysis]"
-        ) from error
-
-    path = FOLDER / "molecules.sdf"
     found = {}
-    with Chem.SDMolSupplier(str(path), removeHs=False) as supplier:
-        for molecule in supplier:
-            topology, positions = topology_of(molecule, path)
-            torsion = None
-            if molecule.HasProp("torsion"):
-                i, j, k, m = (int(a) for a in molecule.GetProp("torsion").split())
-                torsion = (i, j, k, m)
-            name = molecule.GetProp("_Name")
-            found[name] = System(name, topology, _angstrom(positions), torsion)
+    for name in MOLECULES:
+        # PDB and not SDF: OpenMM reads it with bonds, and the kinds of bonds are not needed
+        path = FOLDER / f"molecule-{name.replace(' ', '-')}.pdb"
+        topology, positions = read_structure(path)
+        found[name] = System(name, topology, _angstrom(positions), TORSIONS.get(name))
     return found
 
 

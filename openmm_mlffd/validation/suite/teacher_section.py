@@ -4,14 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from openmm_mlffd.validation import analysis
 from openmm_mlffd.validation.conservation import Check
 from openmm_mlffd.validation.report import Section
 from openmm_mlffd.validation.suite import teacher_report as report
-from openmm_mlffd.validation.suite.dynamics import Trajectory
-from openmm_mlffd.validation.suite.ensembles import as_mdtraj, equilibrated, run_and_keep
+from openmm_mlffd.validation.suite.ensembles import as_mdtraj, equilibrated
 from openmm_mlffd.validation.suite.job import Job, SectionResult, named
 from openmm_mlffd.validation.suite.likeness import (
     SMALLEST_FRAMES,
@@ -21,20 +18,16 @@ from openmm_mlffd.validation.suite.likeness import (
     geometry_features,
     ramachandran,
 )
-from openmm_mlffd.validation.suite.models import Model, Structure, label
+from openmm_mlffd.validation.suite.models import Model
 from openmm_mlffd.validation.suite.plan import EnsembleRun
-from openmm_mlffd.validation.suite.static import (
-    bond_lengths_and_angles,
-    dimer_piece,
-    frequencies,
-    geometry_piece,
-    relax,
-    rmsd,
-    torsion_piece,
-)
 from openmm_mlffd.validation.suite.statistics import block_error
-from openmm_mlffd.validation.suite.store import write_arrays
-from openmm_mlffd.validation.suite.systems import dimers, load_system, molecules
+from openmm_mlffd.validation.suite.systems import load_system
+from openmm_mlffd.validation.suite.teacher_runs import (
+    compare_dimers,
+    compare_geometries,
+    compare_torsions,
+    run_both,
+)
 
 GEOMETRY = 0.075
 """Largest RMSD of a relaxed molecule [Å]."""
@@ -71,9 +64,9 @@ def run_teacher(job: Job) -> SectionResult:
         raise ValueError("no teacher was given (--teacher)")
     numbers: dict[str, Any] = {"teacher": teacher.identity}
     checks: list[Check] = []
-    geometries = _geometries(job, teacher)
-    torsions = _torsions(job, teacher)
-    pairs = _dimers(job, teacher)
+    geometries = compare_geometries(job, teacher)
+    torsions = compare_torsions(job, teacher)
+    pairs = compare_dimers(job, teacher)
     checks += _static_checks(geometries, torsions, pairs)
     sections: list[Section] = [report.static_section(geometries, torsions, pairs)]
     numbers |= {"geometries": geometries, "torsions": torsions, "dimers": pairs}
@@ -89,87 +82,6 @@ def run_teacher(job: Job) -> SectionResult:
     return SectionResult(
         numbers=numbers, checks=named(checks, "against the teacher"), sections=sections
     )
-
-
-def _geometries(job: Job, teacher: Model) -> dict[str, Any]:
-    names = job.plan.teacher.molecules
-    found = {}
-    for name in molecules() if names is None else names:
-        system = load_system(name)
-        reference = geometry_piece(job.store, teacher, name).arrays()
-        start = reference["positions"]
-
-        def measure(folder: Any, system: Any = system, start: Any = start) -> dict[str, Any]:
-            # from the teacher's minimum: what is compared is one minimum, not two conformers
-            positions = relax(job.model, system, start)
-            write_arrays(
-                folder / "arrays.npz", positions=positions,
-                frequencies=frequencies(job.model, system, positions),
-            )  # fmt: skip
-            return {}
-
-        settings = {"model": job.model.identity, "teacher": teacher.identity, "name": name}
-        mine = job.store.piece(f"geometry of {name}", settings, measure).arrays()
-        lengths, angles = zip(
-            *(bond_lengths_and_angles(system, x) for x in (mine["positions"], start)), strict=True
-        )
-        difference = mine["frequencies"] - reference["frequencies"]
-        found[name] = {
-            "atoms": len(system.numbers),
-            "rmsd": rmsd(mine["positions"], start),
-            "bond_mae": float(np.abs(lengths[0] - lengths[1]).mean()),
-            "angle_mae": float(np.abs(angles[0] - angles[1]).mean()) if angles[0].size else 0.0,
-            "frequency_mae": float(np.abs(difference).mean()),
-            "frequency_largest": float(np.abs(difference).max()),
-            "frequencies": mine["frequencies"],
-            "teacher_frequencies": reference["frequencies"],
-        }
-    return found
-
-
-def _torsions(job: Job, teacher: Model) -> dict[str, Any]:
-    names = job.plan.teacher.torsions
-    everything = [name for name, system in molecules().items() if system.torsion]
-    found = {}
-    for name in everything if names is None else names:
-        scan = torsion_piece(job.store, teacher, name, job.plan.teacher.scan_step).arrays()
-        numbers = load_system(name).numbers
-        structures = [Structure(numbers, x) for x in scan["positions"]]
-        # at the teacher's geometries: two curves at the same points
-        mine = np.array([e for e, _ in label(job.model, structures, precision="double")])
-        mine -= mine.min()
-        reference = scan["energies"] - scan["energies"].min()
-        shift = (mine - reference).mean()
-        found[name] = {
-            "angles": scan["angles"],
-            "student": 1e3 * mine,
-            "teacher": 1e3 * reference,
-            "mae": 1e3 * float(np.abs(mine - reference - shift).mean()),
-            "barrier": 1e3 * float(mine.max()),
-            "teacher_barrier": 1e3 * float(reference.max()),
-        }
-    return found
-
-
-def _dimers(job: Job, teacher: Model) -> dict[str, Any]:
-    names = job.plan.teacher.dimers
-    found = {}
-    for name, dimer in dimers().items():
-        if names is not None and name not in names:
-            continue
-        curves = [dimer_piece(job.store, model, dimer).arrays() for model in (job.model, teacher)]
-        mine, reference = (1e3 * c["energies"] for c in curves)
-        # the wall is far from what dynamics visits
-        soft = reference < 500.0
-        found[name] = {
-            "distances": curves[0]["distances"],
-            "student": mine,
-            "teacher": reference,
-            "mae": float(np.abs(mine - reference)[soft].mean()),
-            "deepest": float(mine.min()),
-            "teacher_deepest": float(reference.min()),
-        }
-    return found
 
 
 def _static_checks(
@@ -202,18 +114,10 @@ def _static_checks(
     return checks
 
 
-def _both(job: Job, teacher: Model, run: EnsembleRun) -> tuple[Trajectory, Trajectory]:
-    """Trajectories of both over the same time."""
-    reference = run_and_keep(job, teacher, run, f"teacher {teacher.name}")
-    mine = run_and_keep(job, job.model, run, "student")
-    last = min(float(t.time[-1]) if len(t.time) else 0.0 for t in (mine, reference))
-    return mine.until(last), reference.until(last)
-
-
 def _molecule_dynamics(
     job: Job, teacher: Model, run: EnsembleRun
 ) -> tuple[dict[str, Any], Section, list[Check]]:
-    mine, reference = _both(job, teacher, run)
+    mine, reference = run_both(job, teacher, run)
     numbers: dict[str, Any] = {
         "system": run.system, "picoseconds": float(mine.time[-1]) if len(mine.time) else 0.0,
         "planned_picoseconds": run.picoseconds,
@@ -260,7 +164,7 @@ def _distribution_checks(features: list[Feature], numbers: Mapping[str, Any]) ->
 def _box_dynamics(
     job: Job, teacher: Model, run: EnsembleRun
 ) -> tuple[dict[str, Any], Section, list[Check]]:
-    mine, reference = _both(job, teacher, run)
+    mine, reference = run_both(job, teacher, run)
     system = load_system(run.system, run.copies)
     numbers: dict[str, Any] = {
         "system": run.name, "picoseconds": float(mine.time[-1]) if len(mine.time) else 0.0,

@@ -7,7 +7,8 @@ import torch
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.validation.suite.force_section import run_forces
 from openmm_mlffd.validation.suite.models import PotentialModel
-from openmm_mlffd.validation.suite.nve_section import measure_smoothness, run_nve_section
+from openmm_mlffd.validation.suite.nve_runs import measure_smoothness
+from openmm_mlffd.validation.suite.nve_section import run_nve_section
 from openmm_mlffd.validation.suite.plan import ForcePlan
 
 GRADIENT = "NVE: forces − differences of energies, methanol"

@@ -3,7 +3,8 @@ import pytest
 
 from openmm_mlffd.validation.suite.models import PotentialModel
 from openmm_mlffd.validation.suite.plan import PEPTIDE, RobustnessPlan
-from openmm_mlffd.validation.suite.robustness import SHORTEST, distort, run_robustness, verdict
+from openmm_mlffd.validation.suite.robustness import SHORTEST, distort, verdict
+from openmm_mlffd.validation.suite.robustness_section import run_robustness
 from openmm_mlffd.validation.suite.systems import load_system
 
 PLAN = RobustnessPlan(
