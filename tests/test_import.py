@@ -45,6 +45,12 @@ def test_students_need_no_library_of_the_training():
     assert not any(name.startswith("openmm_mlffd.training") for name in modules)
 
 
+def test_validations_are_measured_without_what_reports_need():
+    modules = loaded_by("import openmm_mlffd.validation.suite.command")
+    assert {"torch", "openmm"} <= modules
+    assert not modules & {"matplotlib", "mdtraj", "rdkit", "h5py", "ase", "physical_validation"}
+
+
 def test_importing_leaves_torch_and_warnings_as_they_were():
     loaded_by(
         "import torch, warnings\n"

@@ -281,7 +281,7 @@ class Trainer:
     def _save_student(self, metrics: dict[str, Any]) -> None:
         bound = measure_energy_bound(self.average, self._validation_batches())
         self.average.energy_bound = bound
-        new = {
+        new: dict[str, Any] = {
             "energy_bound": bound,
             "metrics": metrics,
             "training": {"steps": self.progress.step, "config": _portable(self.config)},

@@ -88,12 +88,32 @@ def test_what_time_did_not_allow_is_said_and_resumed(toy_file, tmp_path):
     assert read_validation(tmp_path / "out")["finished"]
 
 
+def test_a_report_is_made_from_what_was_measured_elsewhere(toy_file, tmp_path):
+    pieces = ["--pieces", tmp_path / "pieces"]
+    command = ["validate", toy_file, "--level", "tiny", "--device", "cpu", *pieces]
+    elsewhere = [*command, "-o", tmp_path / "elsewhere", "--measure-only"]
+    for part in (["--only", "smoothness"], ["--only", "NVE methanol"]):
+        result = mlffd(*elsewhere, "--sections", "nve", *part)
+        assert result.exit_code == 0, result.output
+    assert not list((tmp_path / "elsewhere").iterdir())
+    for made in (tmp_path / "pieces").glob("*/made.json"):
+        made.write_text(json.dumps({"machine": "a machine far away", "seconds": 1.0}))
+    result = mlffd(*command, "-o", tmp_path / "here", "--sections", "nve")
+    assert result.output.count(": found") == 4
+    assert "…\n" not in result.output
+    content = read_validation(tmp_path / "here")
+    assert content["status"]["nve"] == "finished"
+    assert content["hardware"] == "a machine far away"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--sections", "nwe"], "there is no section 'nwe'"),
         (["--sections", "forces"], "section forces needs --data"),
         (["--sections", "nve,teacher"], "section teacher needs --teacher"),
+        (["--measure-only", "--only", "nwe"], "no task's name holds 'nwe'; there are 'smoothness'"),
+        (["--only", "smoothness"], "--only needs --measure-only"),
         (["--level", "huge"], "level must be one of tiny, smoke, full"),
     ],
 )

@@ -13,7 +13,10 @@ from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset
 from openmm_mlffd.validation.suite import force_section
 from openmm_mlffd.validation.suite.forces import as_batch, choose, conformer_errors, measure_forces
+from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.models import PotentialModel, StudentModel, pack
+from openmm_mlffd.validation.suite.plan import make_plan
+from openmm_mlffd.validation.suite.store import Store
 from openmm_mlffd.validation.suite.surroundings import describe_surroundings, distances_to
 
 
@@ -22,9 +25,13 @@ def student():
     return StudentModel("default", "cpu")
 
 
-@pytest.fixture
-def measured(student, make_job, small_data):
-    job = make_job(student, data=small_data, split="all", training=small_data)
+@pytest.fixture(scope="module")
+def measured(student, small_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forces")
+    job = Job(
+        model=student, plan=make_plan("tiny"), store=Store(folder / "pieces"), output=folder,
+        data=small_data, split="all", training=small_data,
+    )  # fmt: skip
     return job, *measure_forces(job, small_data)
 
 

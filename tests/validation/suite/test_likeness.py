@@ -21,8 +21,8 @@ def rattled(system, n, scale, seed):
 
 def test_a_trajectory_is_like_itself_and_unlike_a_hotter_one():
     system = load_system(PEPTIDE)
-    a, b = rattled(system, 100, 0.03, 0), rattled(system, 100, 0.03, 1)
-    hot = rattled(system, 100, 0.09, 2)
+    a, b = rattled(system, 300, 0.03, 0), rattled(system, 300, 0.03, 1)
+    hot = rattled(system, 300, 0.09, 2)
     for feature in geometry_features(system, a, b):
         found = feature.numbers()
         assert found["js"] < 1.5 * found["js_noise"], feature.name
