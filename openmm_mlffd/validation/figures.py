@@ -207,8 +207,11 @@ def draw_radial(
 
 
 def legend_above(axes: Axes) -> None:
-    """Put the legend above the axes, in up to four columns."""
+    """Put the legend above the axes, in as many columns as there is room for, up to four."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=1)
+    room = axes.figure.get_figwidth() / len(axes.figure.axes) - 0.7  # inches
+    columns = int(room / (0.08 * longest + 0.35))
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4,
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(4, max(1, columns)),
         columnspacing=1.2, handlelength=1.4, borderaxespad=0.2,
     )  # fmt: skip

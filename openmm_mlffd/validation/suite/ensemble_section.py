@@ -13,6 +13,7 @@ from openmm_mlffd.validation.report import FigureBlock, Section, TableBlock, num
 from openmm_mlffd.validation.suite.curves import draw_histograms
 from openmm_mlffd.validation.suite.dynamics import FRICTION, Trajectory
 from openmm_mlffd.validation.suite.ensembles import (
+    SMALLEST_SAMPLE,
     as_mdtraj,
     ensemble_checks,
     ensemble_numbers,
@@ -87,7 +88,10 @@ def _section(
 def _figures(run: EnsembleRun, system: System, trajectory: Trajectory) -> list[FigureBlock]:
     part = equilibrated(trajectory)
     kinetic = trajectory.kinetic[part]
-    n_dof = trajectory.n_dof
+    n_dof, kt = trajectory.n_dof, BOLTZMANN * run.temperature
+    mean, width = (n_dof / 2 * kt, math.sqrt(n_dof / 2) * kt)
+    low = max(0.0, min(kinetic.min(), mean - 3.5 * width))
+    high = max(kinetic.max(), mean + 3.5 * width)
     found = [
         FigureBlock(
             svg=figures.draw_series(
@@ -100,18 +104,21 @@ def _figures(run: EnsembleRun, system: System, trajectory: Trajectory) -> list[F
             caption="Kinetic temperature along the run.",
             alt=f"Temperature of {run.name} along time.",
         ),
-        FigureBlock(
-            svg=draw_histograms(
-                {"run": kinetic},
-                np.linspace(kinetic.min(), kinetic.max(), 25),
-                "kinetic energy [eV]",
-                expected=_gamma(n_dof, run.temperature, kinetic.min(), kinetic.max()),
-                expected_label=f"gamma distribution, {run.temperature:g} K",
-            ),
-            caption=f"Kinetic energy of {n_dof} degrees of freedom, and what it has to be.",
-            alt="Histogram of the kinetic energy and the expected distribution.",
-        ),
     ]
+    if len(kinetic) >= SMALLEST_SAMPLE:
+        found.append(
+            FigureBlock(
+                svg=draw_histograms(
+                    {"run": kinetic},
+                    np.linspace(low, high, 31),
+                    "kinetic energy [eV]",
+                    expected=_gamma(n_dof, run.temperature, low, high),
+                    expected_label=f"gamma distribution, {run.temperature:g} K",
+                ),
+                caption=f"Kinetic energy of {n_dof} degrees of freedom, and what it has to be.",
+                alt="Histogram of the kinetic energy and the expected distribution.",
+            )
+        )
     if system.cell is None:
         return found
     frames = as_mdtraj(system, trajectory)

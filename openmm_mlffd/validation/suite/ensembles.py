@@ -35,7 +35,11 @@ LONGEST_BOND = 1.5
 JUDGED_PICOSECONDS = 1.0
 """Temperatures of shorter runs are not judged: it is five times that of the thermostat [ps]."""
 
-_SMALLEST_SAMPLE = 50
+SMALLEST_SAMPLE = 50
+"""Frames whose distribution is looked at, at least."""
+
+VOLUME_PICOSECONDS = 20.0
+"""Fluctuations of the volume of shorter runs mean nothing [ps]."""
 
 
 def as_mdtraj(system: System, trajectory: Trajectory) -> Any:
@@ -101,7 +105,7 @@ def box_numbers(run: EnsembleRun, system: System, trajectory: Trajectory) -> dic
         "density_end": float(density[-1]),
         "volume_relative_std": float(volume.std() / volume.mean()),
     }
-    if run.pressure is not None:
+    if run.pressure is not None and trajectory.time[-1] >= VOLUME_PICOSECONDS:
         per_ev = float(volume.var() / volume.mean()) / (BOLTZMANN * run.temperature)  # Å^3/eV
         numbers["compressibility"] = per_ev / BAR_PER_EV_PER_CUBIC_ANGSTROM  # 1/bar
     return numbers
@@ -128,7 +132,7 @@ def physical_validation_numbers(
     Merz, Shirts 2018, PLoS ONE 13, e0202764, doi:10.1371/journal.pone.0202764.
     """
     kinetic = trajectory.kinetic[equilibrated(trajectory)]
-    if len(kinetic) < _SMALLEST_SAMPLE:
+    if len(kinetic) < SMALLEST_SAMPLE:
         return None
     with _quiet():
         try:

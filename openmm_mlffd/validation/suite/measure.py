@@ -8,7 +8,13 @@ import openmm
 from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.nve_runs import measure_run, measure_smoothness
 from openmm_mlffd.validation.suite.plan import SECTIONS
-from openmm_mlffd.validation.suite.robustness import measure_robustness
+from openmm_mlffd.validation.suite.robustness import (
+    HOT,
+    hot_names,
+    measure_distorted,
+    measure_hot,
+    measure_minimizations,
+)
 from openmm_mlffd.validation.suite.runs import run_and_keep
 from openmm_mlffd.validation.suite.speed import measure_speed
 from openmm_mlffd.validation.suite.store import OutOfTime
@@ -101,7 +107,7 @@ def list_tasks(job: Job, sections: Sequence[str] | None = None) -> dict[str, Tas
         "nve": _nve,
         "ensembles": _ensembles,
         "teacher": _teacher,
-        "robustness": lambda job: {"robustness": partial(measure_robustness, job)},
+        "robustness": _robustness,
         "speed": lambda job: {"speed": partial(measure_speed, job)},
     }
     return {
@@ -130,6 +136,15 @@ def _ensembles(job: Job) -> dict[str, Task]:
     return {
         f"student {run.name}": partial(run_and_keep, job, job.model, run, "student")
         for run in job.plan.ensembles
+    }
+
+
+def _robustness(job: Job) -> dict[str, Task]:
+    hot = {f"{HOT:g} K {name}": partial(measure_hot, job, name) for name in hot_names(job)}
+    return {
+        "distorted structures": partial(measure_distorted, job),
+        "minimisations": partial(measure_minimizations, job),
+        **hot,
     }
 
 

@@ -135,7 +135,7 @@ def _run_section(run: NVERun, result: NVEResult, found: Mapping[str, Any]) -> Se
         ],
     ]
     return Section(
-        title=f"Constant energy: {run.name}",
+        title=f"Constant energy: {run.name} precision",
         paragraphs=paragraphs,
         tables=[
             conservation_table(result.runs, result.halving_ratios),

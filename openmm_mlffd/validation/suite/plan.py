@@ -263,6 +263,6 @@ def _full() -> Plan:
             water=water,
         ),
         robustness=RobustnessPlan(
-            distorted=5000, minimizations=150, hot_picoseconds=2.0, hot_molecules=None
+            distorted=5000, minimizations=150, hot_picoseconds=1.0, hot_molecules=None
         ),
     )  # fmt: skip

@@ -84,22 +84,22 @@ def distort(system: System, kind: str, rng: np.random.Generator) -> Structure:
 
 def measure_robustness(job: Job) -> dict[str, Any]:
     """Distorted structures, minimisations, hot runs: all numbers."""
-    minima = _minima(job)
     return {
-        "distorted": _measure_distorted(job, minima),
-        "minimizations": _measure_minimizations(job, minima),
-        "hot": {name: _measure_hot(job, name, minima) for name in _hot_names(job)},
+        "distorted": measure_distorted(job),
+        "minimizations": measure_minimizations(job),
+        "hot": {name: measure_hot(job, name) for name in hot_names(job)},
     }
 
 
-def _hot_names(job: Job) -> list[str]:
+def hot_names(job: Job) -> list[str]:
+    """Molecules that are heated."""
     names = job.plan.robustness.hot_molecules
     return list(molecules()) if names is None else list(names)
 
 
 def _minima(job: Job) -> dict[str, float]:
     """Energy of each minimised molecule [eV], by the model itself."""
-    names = dict.fromkeys([*_hot_names(job), *_small_names(job)])
+    names = dict.fromkeys([*hot_names(job), *_small_names(job)])
 
     def measure(_: Path) -> dict[str, Any]:
         return {name: minimise(job, load_system(name))["energy"] for name in names}
@@ -125,7 +125,9 @@ def _make_distorted(job: Job, n: int, seed: int) -> list[tuple[str, str, Structu
     return found
 
 
-def _measure_distorted(job: Job, minima: Mapping[str, float]) -> dict[str, Any]:
+def measure_distorted(job: Job) -> dict[str, Any]:
+    """Energies and forces of distorted structures."""
+    minima = _minima(job)
     n = job.plan.robustness.distorted
 
     def measure(folder: Path) -> dict[str, Any]:
@@ -146,7 +148,10 @@ def _measure_distorted(job: Job, minima: Mapping[str, float]) -> dict[str, Any]:
             "structures": n,
             "not_finite": int((~finite).sum()),
             "holes": int(holes.sum()),
-            "hole_of": [f"{made[i][0]}, {made[i][1]}" for i in np.flatnonzero(holes)[:10]],
+            "hole_of": [
+                f"{made[i][0]}, {made[i][1]}, {above[i]:.3g} eV, nearest atoms {nearest[i]:.2f} Å"
+                for i in np.flatnonzero(holes)[:10]
+            ],
             "shortest_distance": float(nearest.min()),
             "lowest": float(np.nanmin(above)) if np.isfinite(above).any() else None,
             "largest_force": float(largest[finite].max()) if finite.any() else None,
@@ -204,7 +209,9 @@ def verdict(result: Mapping[str, Any], minimum: float) -> str:
     return "converged" if result["largest_force"] < CONVERGED else "slow"
 
 
-def _measure_minimizations(job: Job, minima: Mapping[str, float]) -> dict[str, Any]:
+def measure_minimizations(job: Job) -> dict[str, Any]:
+    """How minimisations from distorted structures end."""
+    minima = _minima(job)
     n = job.plan.robustness.minimizations
 
     def measure(folder: Path) -> dict[str, Any]:
@@ -235,7 +242,9 @@ def _measure_minimizations(job: Job, minima: Mapping[str, float]) -> dict[str, A
     return job.store.piece("minimisations", settings, measure).numbers
 
 
-def _measure_hot(job: Job, name: str, minima: Mapping[str, float]) -> dict[str, Any]:
+def measure_hot(job: Job, name: str) -> dict[str, Any]:
+    """A molecule at 1,000 K."""
+    minima = _minima(job)
     length = job.plan.robustness.hot_picoseconds
     system = load_system(name)
     run = EnsembleRun(

@@ -76,8 +76,8 @@ def _section(job: Job, numbers: Mapping[str, Any]) -> Section:
     if lines:
         drawn.append(
             FigureBlock(
-                svg=draw_lines(lines, "time [ps]", f"energy above the minimum, {HOT:g} K [eV]"),
-                caption="Potential energy of hot molecules (the first five).",
+                svg=draw_lines(lines, "time [ps]", "energy above the minimum [eV]"),
+                caption=f"Potential energy of molecules at {HOT:g} K (the first five).",
                 alt="Potential energies of molecules at high temperature along time.",
             )
         )
