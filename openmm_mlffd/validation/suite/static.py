@@ -20,6 +20,9 @@ TOLERANCE = 0.5
 RESTRAINT = 2000.0
 """Of a torsion in a scan [kJ/mol/rad^2]."""
 
+BOND_CHANGE = 0.25
+"""A bond that changes its length by more than this share is none any more."""
+
 DIMER_DISTANCES = np.concatenate([np.arange(-0.4, 1.0, 0.1), np.arange(1.0, 4.01, 0.25)])
 """Distances of dimers relative to that of their file [Å]."""
 
@@ -184,8 +187,9 @@ def geometry_piece(store: Store, model: Model, name: str) -> Piece:
 def torsion_piece(store: Store, model: Model, name: str, step: float) -> Piece:
     """A relaxed scan of the torsion of a molecule: angles, geometries and energies.
 
-    The torsion is held by a stiff harmonic restraint while all else relaxes, each point starting
-    from the one before; energies are those of the model alone.
+    From each point to the next one side of the molecule is turned about the bond; then the torsion
+    is held by a stiff harmonic restraint while all else relaxes. Energies are those of the model
+    alone. The array ``intact`` is whether all bonds still are bonds.
     """
     system = load_system(name)
     torsion = system.torsion
@@ -202,25 +206,76 @@ def torsion_piece(store: Store, model: Model, name: str, step: float) -> Piece:
         force.addTorsion(*torsion, [])
         made.addForce(force)
         context = make_context(made, openmm.VerletIntegrator(0.001))
-        context.setPositions(system.nanometers)
-        targets = np.radians(np.arange(-180.0, 180.0, step))
-        frames = []
-        for target in targets:
+        angles = np.arange(-180.0, 180.0, step)
+        frames, x = [], system.positions
+        for angle in angles:
             store.clock.check()
-            context.setParameter("target", float(target))
+            x = turn(system, x, torsion, float(angle))
+            context.setPositions(x / ANGSTROM_PER_NM)
+            context.setParameter("target", float(np.radians(angle)))
             openmm.LocalEnergyMinimizer.minimize(context, tolerance=2.0, maxIterations=150)
             found = context.getState(positions=True).getPositions(asNumpy=True)._value
-            frames.append(np.array(found) * ANGSTROM_PER_NM)
+            x = np.array(found) * ANGSTROM_PER_NM
+            frames.append(x)
         energies = [e for e, _ in label(
             model, [Structure(system.numbers, x) for x in frames], precision="double")]  # fmt: skip
+        lengths = bond_lengths_and_angles(system, np.array(frames))[0]
+        start = bond_lengths_and_angles(system, system.positions)[0]
+        intact = (np.abs(lengths / start - 1) < BOND_CHANGE).all(1)
         write_arrays(
-            folder / "arrays.npz", angles=np.degrees(targets), positions=np.array(frames),
-            energies=np.array(energies),
+            folder / "arrays.npz", angles=angles, positions=np.array(frames),
+            energies=np.array(energies), intact=intact,
         )  # fmt: skip
-        return {"barrier": max(energies) - min(energies)}
+        return {"barrier": max(energies) - min(energies), "broken": int((~intact).sum())}
 
-    settings = {"model": model.identity, "step": step}
+    settings = {"model": model.identity, "step": step, "protocol": "turned, then relaxed"}
     return store.piece(f"torsion of {name}, {model.name}", settings, measure)
+
+
+def turn(
+    system: System,
+    positions: NDArray[np.float64],
+    torsion: tuple[int, int, int, int],
+    degrees: float,
+) -> NDArray[np.float64]:
+    """Positions with one side of a molecule turned about a bond, so that a torsion has this angle.
+
+    Parameters
+    ----------
+    system
+        The molecule.
+    positions
+        [Å], shape ``(n_atoms, 3)``.
+    torsion
+        Its four atoms; the side of the last is turned about the bond of the two in the middle,
+        which is in no ring.
+    degrees
+        The angle that it gets.
+    """
+    _, j, k, _ = torsion
+    side, new = {k}, {k}
+    while new:
+        pairs = [(a, b) for a, b in system.bonds.tolist() if {a, b} != {j, k}]
+        new = {b if a in side else a for a, b in pairs if (a in side) != (b in side)}
+        side |= new
+    if j in side:
+        raise ValueError(f"{system.name}: the bond of atoms {j} and {k} is in a ring")
+    axis = (positions[k] - positions[j]) / np.linalg.norm(positions[k] - positions[j])
+    by = np.radians(degrees) - _torsion_angle(positions[list(torsion)])
+    moved = positions.copy()
+    arm = positions[sorted(side)] - positions[j]
+    along = np.outer(arm @ axis, axis)
+    moved[sorted(side)] = (
+        positions[j] + along + math.cos(by) * (arm - along) + math.sin(by) * np.cross(axis, arm)
+    )
+    return moved
+
+
+def _torsion_angle(x: NDArray[np.float64]) -> float:
+    """Angle of four points [rad], with the sign that OpenMM and chemists give it."""
+    first, middle, last = x[1] - x[0], x[2] - x[1], x[3] - x[2]
+    a, b = np.cross(first, middle), np.cross(middle, last)
+    return math.atan2(float(np.linalg.norm(middle) * (first @ b)), float(a @ b))
 
 
 def dimer_piece(store: Store, model: Model, dimer: Dimer) -> Piece:

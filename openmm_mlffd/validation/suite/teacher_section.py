@@ -102,7 +102,7 @@ def _static_checks(
             checks.append(Check(name=f"{what} ({name})", value=value, unit=unit, high=high))
     if torsions:
         errors = {n: abs(t["barrier"] - t["teacher_barrier"]) for n, t in torsions.items()}
-        name = max(errors, key=lambda n: errors[n])
+        name = max(errors, key=lambda n: math.inf if math.isnan(errors[n]) else errors[n])
         checks.append(
             Check(
                 name=f"height of a torsion's barrier, largest error ({name})",

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from openmm_mlffd.units import FEMTOSECONDS_PER_TIME_UNIT
+from openmm_mlffd.validation import analysis
+from openmm_mlffd.validation.suite.models import StudentModel
 from openmm_mlffd.validation.suite.static import (
     bond_angles,
     bond_lengths_and_angles,
@@ -13,6 +15,7 @@ from openmm_mlffd.validation.suite.static import (
     relax,
     rmsd,
     torsion_piece,
+    turn,
 )
 from openmm_mlffd.validation.suite.store import Store
 from openmm_mlffd.validation.suite.systems import System, dimers, load_system, molecules
@@ -73,20 +76,45 @@ def test_angles_and_torsions_are_counted_once():
     assert len(proper_torsions(butane, heavy=False)) == 3
 
 
-@pytest.mark.slow
-def test_a_scan_holds_its_torsion(toy, tmp_path):
+@pytest.mark.parametrize("name", ["butane", "N-methylacetamide", "styrene"])
+def test_turning_sets_a_torsion_and_nothing_else(name):
     import mdtraj
 
-    from openmm_mlffd.validation.suite.ensembles import analysis
+    system = load_system(name)
+    for degrees in (-180.0, -100.0, 35.0):
+        turned = turn(system, system.positions, system.torsion, degrees)
+        frame = analysis.make_trajectory(turned[None], system.topology)
+        (found,) = np.degrees(mdtraj.compute_dihedrals(frame, [system.torsion]))[0]
+        assert abs((found - degrees + 180) % 360 - 180) < 0.01
+        for mine, before in zip(
+            bond_lengths_and_angles(system, turned),
+            bond_lengths_and_angles(system, system.positions),
+            strict=True,
+        ):
+            np.testing.assert_allclose(mine, before, atol=1e-9)
 
-    piece = torsion_piece(Store(tmp_path), toy, "glycol", 90.0)
+
+def test_a_ring_cannot_be_turned():
+    benzene = load_system("benzene")
+    with pytest.raises(ValueError, match="in a ring"):
+        turn(benzene, benzene.positions, (0, 1, 2, 3), 60.0)
+
+
+@pytest.mark.slow
+def test_a_scan_holds_its_torsion_and_the_molecule_together(tmp_path):
+    import mdtraj
+
+    student = StudentModel("default", "cpu")
+    piece = torsion_piece(Store(tmp_path), student, "glycol", 60.0)
     found = piece.arrays()
     system = load_system("glycol")
     frames = analysis.make_trajectory(found["positions"], system.topology)
     angles = np.degrees(mdtraj.compute_dihedrals(frames, [system.torsion]))[:, 0]
     wrapped = (angles - found["angles"] + 180) % 360 - 180
-    assert np.abs(wrapped).max() < 10
+    assert np.abs(wrapped).max() < 5
     assert np.ptp(found["energies"]) == pytest.approx(piece.numbers["barrier"])
+    assert found["intact"].all()
+    assert 0.1 < piece.numbers["barrier"] < 0.6
 
 
 def test_a_molecule_without_a_marked_torsion_is_refused(toy, tmp_path):
