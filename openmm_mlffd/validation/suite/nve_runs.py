@@ -15,6 +15,7 @@ from openmm_mlffd.validation.suite.dynamics import run_nve_on_disk
 from openmm_mlffd.validation.suite.job import Job, named
 from openmm_mlffd.validation.suite.models import Structure, label
 from openmm_mlffd.validation.suite.plan import NVERun
+from openmm_mlffd.validation.suite.store import write_text
 from openmm_mlffd.validation.suite.systems import System, load_system
 
 TEMPERATURE = 300.0
@@ -56,7 +57,7 @@ def measure_run(job: Job, run: NVERun) -> list[EnergyTrace]:
         state = equilibrate(
             made, system.nanometers, temperature=TEMPERATURE, picoseconds=picoseconds
         )
-        (folder / "state.xml").write_text(openmm.XmlSerializer.serialize(state))
+        write_text(folder / "state.xml", openmm.XmlSerializer.serialize(state))
         return {"temperature": TEMPERATURE}
 
     piece = job.store.piece(f"start of {run.system}", start_settings, equilibrated)

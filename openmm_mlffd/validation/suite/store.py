@@ -176,7 +176,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_arrays(path: Path, **arrays: Any) -> None:
     """Write an npz file, as a whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
         file.flush()
@@ -190,8 +190,18 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return {name: arrays[name] for name in arrays.files}
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, as a whole or not at all."""
+    _replace(path, text.encode())
+
+
+def _temporary(path: Path) -> Path:
+    # several processes may measure the same piece at the same time
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
 def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
