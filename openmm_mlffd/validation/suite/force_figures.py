@@ -46,7 +46,9 @@ def draw_parity(
         if len(label) > 400:
             _density(canvas, axes, label, found, limits, limits)
         else:
-            axes.plot(label, found, "o", markersize=3, alpha=0.6, markeredgewidth=0)
+            axes.plot(
+                label, found, "o", markersize=3, alpha=0.6, markeredgewidth=0, rasterized=True
+            )
         if diagonal:
             axes.plot(limits, limits, color=GREY, linewidth=0.8, linestyle="--")
         axes.set(xlim=limits, ylim=limits, aspect="equal")
@@ -110,7 +112,16 @@ def draw_trend(
         if len(x) > 400:
             _cloud(axes, x, y)
         else:
-            axes.plot(x, y, "o", color=COLORS[4], markersize=2.5, alpha=0.5, markeredgewidth=0)
+            axes.plot(
+                x,
+                y,
+                "o",
+                color=COLORS[4],
+                markersize=2.5,
+                alpha=0.5,
+                markeredgewidth=0,
+                rasterized=True,
+            )
         bins = max(1, min(n_bins, len(x) // 5))
         centers, (low, middle, high) = quantile_bins(x, y, bins, (0.1, 0.5, 0.9))
         axes.plot(centers, middle, color=COLORS[0], marker="o", markersize=3, label="median")

@@ -161,7 +161,7 @@ def _percent(row: Mapping[str, Any], key: str) -> str:
     return f"{number(row[key])} ± {number(row[key + '_error'], 2)}"
 
 
-def _thinned(trace: EnergyTrace, most: int = 4000) -> EnergyTrace:
+def _thinned(trace: EnergyTrace, most: int = 1500) -> EnergyTrace:
     """Every nth sample of a long trace, for drawing."""
     step = max(1, len(trace.time) // most)
     names = ("time", "potential", "kinetic", "shadow")
