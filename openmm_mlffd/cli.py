@@ -356,6 +356,97 @@ def mts(
     )
 
 
+@app.command()
+def validate(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")],
+    level: Annotated[
+        str, typer.Option(help="smoke (a CPU, minutes), full (a GPU) or tiny (a test).")
+    ] = "smoke",
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same as --level smoke.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The same as --level full.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Dataset file with labels.")] = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all of it.")] = "test",
+    training: Annotated[
+        Path | None, typer.Option(help="Dataset file trained on, if not --data's own split.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="As for `mlffd label`: so3lr, ase:package.module:factory …")
+    ] = None,
+    teacher_python: Annotated[
+        str | None, typer.Option(help="Python that has the teacher; this one by default.")
+    ] = None,
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
+    ] = None,
+    sections: Annotated[
+        str | None,
+        typer.Option(help="Only these, by commas: forces,nve,ensembles,teacher,robustness,speed."),
+    ] = None,
+    pieces: Annotated[
+        Path | None, typer.Option(help="Folder of finished pieces; OUTPUT/pieces by default.")
+    ] = None,
+    speed: Annotated[Path | None, typer.Option(help="JSON of a speed measurement.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so long; the same command goes on.")
+    ] = None,
+    run_minutes: Annotated[
+        float | None, typer.Option(help="End each simulation after so long, however short it is.")
+    ] = None,
+    measure_only: Annotated[
+        bool, typer.Option("--measure-only", help="No report: for machines without its packages.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="With --measure-only: tasks whose names hold this text, repeatable."),
+    ] = None,
+) -> None:
+    """Is a student fit for dynamics? Exit code 0: passed, 1: failed, 3: not finished."""
+    from openmm_mlffd.validation.suite.command import run_validate_command
+
+    if smoke and full:
+        raise typer.BadParameter("--smoke and --full exclude one another")
+    finished, passed = run_validate_command(
+        model,
+        output,
+        level="full" if full else "smoke" if smoke else level,
+        data=data,
+        split=split,
+        training=training,
+        teacher=teacher,
+        teacher_python=teacher_python,
+        teacher_options=teacher_option or [],
+        sections=None if sections is None else [s.strip() for s in sections.split(",")],
+        pieces=pieces,
+        speed=speed,
+        device=device,
+        max_minutes=max_minutes,
+        run_minutes=run_minutes,
+        measure_only=measure_only,
+        only=only or [],
+        echo=typer.echo,
+    )
+    if not (finished and passed):
+        raise typer.Exit(1 if finished else 3)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Folders of `mlffd validate`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML to write.")] = None,
+) -> None:
+    """Validated students side by side."""
+    from openmm_mlffd.validation.suite.compare import compare as run
+    from openmm_mlffd.validation.suite.compare import format_text
+
+    report = run(reports)
+    for line in format_text(report):
+        typer.echo(line)
+    if output is not None:
+        typer.echo(f"\n{report.write(output)}")
+
+
 def main() -> None:
     """Entry point: errors a user can act on are one line, others a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

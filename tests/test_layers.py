@@ -52,6 +52,11 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts physics files adapter training sources teachers",
         "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib",
     ),
+    "suite": (
+        "validation.suite validation.suite.*",
+        "package facts physics files adapter training sources teachers validation suite",
+        "numpy torch openmm openmmml mdtraj matplotlib jinja2 rdkit ase tqdm physical_validation",
+    ),
     "validation": (
         "validation validation.*",
         "facts files adapter openmm validation",
@@ -66,7 +71,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "package": ("", "physics files ase openmm", ""),  # only lazily: tests/test_import.py
     "cli": (
         "cli",
-        "package process facts files adapter openmm training sources validation bench",
+        "package process facts files adapter openmm training sources validation suite bench",
         "typer",
     ),
 }
@@ -96,6 +101,7 @@ ONLY_IN = {
     "matplotlib": "validation.* bench.* training.plots",
     "optuna": "training.tune",
     "wandb": "training.boards",
+    "physical_validation": "validation.suite.ensembles",
     "typer": "cli",
 }
 
@@ -216,6 +222,8 @@ def test_no_module_imports_what_the_table_forbids():
         ("interfaces.openmm_factory", "import os"),
         ("interfaces.openmm_factory", "from openmm_mlffd.interfaces import openmm_potential"),
         ("cli", "from openmm_mlffd.training.train import Trainer"),
+        ("validation.nve", "from openmm_mlffd.validation.suite.plan import Plan"),
+        ("validation.nve", "from openmm_mlffd.training.hdf5 import Dataset"),
     ],
 )
 def test_import_that_crosses_layers_is_noticed(module, line):
