@@ -35,6 +35,9 @@ class Source(Protocol):
     split: SplitRule
     """How groups are split."""
 
+    origin: str
+    """What made the structures, if that is known."""
+
     def __len__(self) -> int:
         """Number of structures."""
 
@@ -103,16 +106,17 @@ def sha256(path: Path) -> str:
 
 
 class DatasetSource:
-    """Structures of a dataset file, with its groups, subsets and split, but not its labels."""
+    """Structures of a dataset file, with its groups, subsets and split; labels are left out."""
 
     def __init__(self, path: Path) -> None:
-        self._dataset = Dataset(path)
+        self._dataset = Dataset(path, unlabelled=True)
         if not len(self._dataset):
             raise SourceError(f"{path}: holds no structures")
         self._groups = self._dataset.group_names()
         self.name = path.name
         self.identity = {"sha256": sha256(path)}
         self.subsets = self._dataset.subsets
+        self.origin = self._dataset.origin
         attributes = self._dataset.attributes
         self.split = SplitRule(
             val=attributes["split_val"],
@@ -139,6 +143,7 @@ class MemorySource:
         self.name, self.identity = name, identity
         self.subsets = sorted({frame.subset for frame in frames})
         self.split = SplitRule()
+        self.origin = ""
         self._groups = [frame.group for frame in frames]
         self._structures = concatenate(self._pack(frame) for frame in frames)
 

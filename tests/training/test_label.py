@@ -274,7 +274,7 @@ def test_teacher_that_changed_its_version_is_refused(toy_path, write_frames, tmp
     manifest["description"] = "an older one"
     (out / "manifest.json").write_text(json.dumps(manifest))
     (out / "shard-00002.h5").unlink()
-    with pytest.raises(LabelError, match="was labelled by 'an older one', the teacher now is"):
+    with pytest.raises(LabelError, match="was labelled by 'an older one', which now is"):
         run(frames, out, toy_path)
 
 
