@@ -51,7 +51,7 @@ def data_info(file: Annotated[Path, typer.Argument(help="Dataset file.")]) -> No
     """What a dataset file holds, by subset and split."""
     from openmm_mlffd.training.hdf5 import SPLITS, Dataset
 
-    with Dataset(file) as dataset:
+    with Dataset(file, unlabelled=True) as dataset:
         typer.echo(f"{file}: {len(dataset)} structures, {dataset.offsets[-1]} atoms")
         for key, value in dataset.attributes.items():
             typer.echo(f"  {key}: {value}")
@@ -64,9 +64,45 @@ def data_info(file: Annotated[Path, typer.Argument(help="Dataset file.")]) -> No
 
 
 @app.command()
+def generate(
+    recipe: Annotated[Path, typer.Argument(help="YAML file; see training/configs/broad.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings as key=value, e.g. seed=2.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder; the recipe's name by default.")
+    ] = None,
+    fraction: Annotated[float, typer.Option(help="Make this fraction; go on with more later.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes.")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Dask: local:4, ssh:HOST,HOST, slurm:20, tcp://HOST:8786.")
+    ] = None,
+    cluster_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the cluster as key=value, repeatable.")
+    ] = None,
+) -> None:
+    """Make structures to be labelled; goes on where it stopped."""
+    from openmm_mlffd.training.generation.recipe import load_recipe
+    from openmm_mlffd.training.generation.run import format_summary
+    from openmm_mlffd.training.generation.run import generate as run
+    from openmm_mlffd.training.parallel import choose_workers
+
+    loaded = load_recipe(recipe, overrides or [])
+    summary = run(
+        loaded,
+        output or Path(loaded.recipe.name),
+        workers=choose_workers(workers, cluster, cluster_option or []),
+        fraction=fraction,
+    )
+    typer.echo(format_summary(summary))
+    if summary.dataset is None:
+        raise typer.Exit(1)
+
+
+@app.command()
 def label(
     structures: Annotated[
-        Path, typer.Argument(help="Dataset (.h5), SDF with hydrogens, or a file that ASE reads.")
+        Path, typer.Argument(help="HDF5 file of `mlffd generate`, SDF, or a file that ASE reads.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for shards and dataset.")],
     teacher: Annotated[
@@ -90,10 +126,21 @@ def label(
     ] = None,
     shard_size: Annotated[int, typer.Option(help="Structures per shard, at most 1000.")] = 1000,
     timeout: Annotated[float, typer.Option(help="Longest time for a batch [s].")] = 600.0,
+    add_hydrogens: Annotated[
+        bool, typer.Option("--add-hydrogens", help="Add the implicit hydrogens of an SDF.")
+    ] = False,
+    workers: Annotated[int, typer.Option(help="Processes of the teacher.")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Dask: local:4, ssh:HOST,HOST, slurm:20, tcp://HOST:8786.")
+    ] = None,
+    cluster_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the cluster as key=value, repeatable.")
+    ] = None,
 ) -> None:
     """Label structures with a teacher; goes on where it stopped."""
     from openmm_mlffd.training.label import Limits, TeacherChoice, format_summary
     from openmm_mlffd.training.label import label as run
+    from openmm_mlffd.training.parallel import choose_workers
     from openmm_mlffd.training.sources import open_source
     from openmm_mlffd.training.teachers import parse_options
 
@@ -105,11 +152,12 @@ def label(
         batch_atoms=batch_atoms,
     )
     summary = run(
-        open_source(structures, charge=charge),
+        open_source(structures, charge=charge, add_hydrogens=add_hydrogens),
         output,
         choice,
         limits=Limits(max_force=max_force, max_net_force=max_net_force),
         shard_size=shard_size,
+        workers=choose_workers(workers, cluster, cluster_option or []),
     )
     typer.echo(format_summary(summary))
     if summary.dataset is None:

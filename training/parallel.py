@@ -241,21 +241,25 @@ def _wait(future: Future[Result]) -> Outcome:
         return Outcome(None, error)
 
 
-def parse_cluster_options(pairs: list[str]) -> dict[str, Any]:
-    """Options given as key=value; values are JSON where they can be, else text.
+def choose_workers(count: int, cluster: str | None, options: list[str]) -> Workers:
+    """Workers from what a command was given; the cluster's options are written key=value.
+
+    Values are JSON where they can be, else text.
 
     Raises
     ------
     ValueError
-        If there is no equals sign.
+        If an option has no equals sign, or there are options and no cluster.
     """
-    options = {}
-    for pair in pairs:
+    if options and cluster is None:
+        raise ValueError("options of a cluster were given, but no cluster")
+    values = {}
+    for pair in options:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"an option of the cluster is given as key=value, got {pair!r}")
         try:
-            options[key.strip()] = json.loads(value)
+            values[key.strip()] = json.loads(value)
         except ValueError:
-            options[key.strip()] = value
-    return options
+            values[key.strip()] = value
+    return Workers(count=count, cluster=cluster, cluster_options=values)
