@@ -33,6 +33,7 @@ from openmm import app, unit
 from openmmml import MLPotential
 
 import openmm_mlffd
+from openmm_mlffd.memory import keep_freed_memory
 from openmm_mlffd.modelfile import StudentHeader, read_header
 from openmm_mlffd.validation import analysis, figures
 from openmm_mlffd.validation.conservation import Check
@@ -79,7 +80,7 @@ class Plan:
         return "NPT" if self.constant_pressure else "NVT"
 
 
-DIPEPTIDE = Plan("alanine dipeptide", "alanine-dipeptide.pdb", langevin=3.0, nve=1.5, frame=0.01)
+DIPEPTIDE = Plan("alanine dipeptide", "alanine-dipeptide.pdb", langevin=3.0, nve=2.0, frame=0.01)
 DRUG = Plan("pramipexole", "pramipexole.sdf", langevin=1.0, nve=1.0, frame=0.01)
 WATER = Plan(
     "water", "water-64.pdb", langevin=0.5, nve=0.05, frame=0.005, minimization=20,
@@ -460,6 +461,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="too short to mean anything")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     header = read_header(options.model)
     student = {"modelPath": options.model} if options.model else {}
 

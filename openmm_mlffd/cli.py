@@ -266,6 +266,9 @@ def nve(
 def main() -> None:
     """Entry point: errors a user can act on are one line, others a traceback."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    from openmm_mlffd.memory import keep_freed_memory
+
+    keep_freed_memory()
     try:
         app()
     except (ValueError, OSError) as error:

@@ -27,6 +27,7 @@ PRECISIONS = {"single": torch.float32, "double": torch.float64}
 DEFAULT = "default"
 _KEY = "mlffd"
 _LIMITS = {"n_channels": 4096, "n_interactions": 32, "n_basis": 512}
+_FIRST_SOFTENING = 1e-4  # of the files that do not say what theirs is
 
 
 class ModelFileError(ValueError):
@@ -41,7 +42,7 @@ class StudentHeader:
     """Name of the student."""
 
     architecture: dict[str, Any]
-    """`kind` ("painn"), `n_channels`, `n_interactions`, `n_basis`."""
+    """`kind` ("painn"), `n_channels`, `n_interactions`, `n_basis`, `norm_softening`."""
 
     elements: list[str]
     """Chemical symbols, in the order of the species index."""
@@ -134,10 +135,12 @@ def make_potential(header: StudentHeader) -> Potential:
     """
     sizes = dict(header.architecture)
     kind = sizes.pop("kind", None)
+    softening = sizes.pop("norm_softening", _FIRST_SOFTENING)
     if kind != "painn" or set(sizes) != set(_LIMITS):
         raise ModelFileError(
             f"{header.name}: architecture {header.architecture} is not known to openmm-mlffd "
-            f"{openmm_mlffd.__version__}; it knows kind 'painn' with {', '.join(_LIMITS)}"
+            f"{openmm_mlffd.__version__}; it knows kind 'painn' with {', '.join(_LIMITS)}, "
+            "norm_softening"
         )
     for key, value in sizes.items():
         if not isinstance(value, int) or not 0 < value <= _LIMITS[key]:
@@ -151,6 +154,8 @@ def make_potential(header: StudentHeader) -> Potential:
                 f"{header.name}: cutoff, energy scale and reference energies must be finite "
                 f"numbers, got {value!r}"
             )
+    if not (isinstance(softening, int | float) and 0 < softening < math.inf):
+        raise ModelFileError(f"{header.name}: norm_softening must be positive, got {softening!r}")
     bound = header.energy_bound
     if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
         raise ModelFileError(f"{header.name}: the energy bound must be positive, got {bound!r}")
@@ -166,7 +171,7 @@ def make_potential(header: StudentHeader) -> Potential:
     numbers = [_known_number(name, header) for name in header.elements]
     if len(set(numbers)) != len(numbers):
         raise ModelFileError(f"{header.name}: an element is listed twice: {header.elements}")
-    network = PaiNN(len(numbers), cutoff=header.cutoff, **sizes)
+    network = PaiNN(len(numbers), cutoff=header.cutoff, norm_softening=softening, **sizes)
     return Potential(
         network,
         numbers,
@@ -325,6 +330,12 @@ def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _check_described(potential: Potential, header: StudentHeader) -> None:
+    softening = header.architecture.get("norm_softening", _FIRST_SOFTENING)
+    if softening != potential.network.norm_softening:
+        raise ValueError(
+            f"the header must describe the potential: its norm_softening is {softening}, the "
+            f"potential's {potential.network.norm_softening}"
+        )
     described = {
         "elements": [symbol(z) for z in potential.numbers],
         "references": potential.references,

@@ -6,8 +6,11 @@ from torch import Tensor, nn
 from openmm_mlffd.kernels import reference
 from openmm_mlffd.radial import RadialBasis, compress_core, distances_and_directions
 
-NORM_SOFTENING = 1e-4
-"""Added to squared vector norms before the square root: smooth where a vector vanishes."""
+NORM_SOFTENING = 1e-2
+"""Added to squared norms of vector features before the square root.
+
+Whenever a vector feature passes zero, the norm turns round within about the root of this. At 1e-4
+that happens within one time step of 0.5 fs, and the energy wanders."""
 
 
 def _mlp(n_in: int, n_hidden: int, n_out: int) -> nn.Sequential:
@@ -47,10 +50,10 @@ class Interaction(nn.Module):
 class Mixing(nn.Module):
     """Update block, figure 2c: mixes channels and couples scalars with vectors, atom by atom."""
 
-    def __init__(self, n_channels: int) -> None:
+    def __init__(self, n_channels: int, softening: float) -> None:
         super().__init__()
         self.n_channels = n_channels
-        self.softening = NORM_SOFTENING
+        self.softening = softening
         self.project = nn.Linear(n_channels, 2 * n_channels, bias=False)
         self.context = _mlp(2 * n_channels, n_channels, 3 * n_channels)
 
@@ -83,6 +86,8 @@ class PaiNN(nn.Module):
         Number of radial functions.
     cutoff
         Neighbor cutoff [Å].
+    norm_softening
+        Norms of vector features are sqrt(v² + norm_softening).
 
     References
     ----------
@@ -100,15 +105,19 @@ class PaiNN(nn.Module):
         n_interactions: int = 3,
         n_basis: int = 20,
         cutoff: float = 5.0,
+        norm_softening: float = NORM_SOFTENING,
     ) -> None:
         super().__init__()
         self.n_channels = n_channels
+        self.norm_softening = norm_softening
         self.embedding = nn.Embedding(n_elements, n_channels)
         self.basis = RadialBasis(n_basis, cutoff)
         self.interactions = nn.ModuleList(
             [Interaction(n_channels, n_basis, first=i == 0) for i in range(n_interactions)]
         )
-        self.mixings = nn.ModuleList([Mixing(n_channels) for _ in range(n_interactions)])
+        self.mixings = nn.ModuleList(
+            [Mixing(n_channels, norm_softening) for _ in range(n_interactions)]
+        )
         self.readout = _mlp(n_channels, n_channels // 2, 1)
 
     def forward(

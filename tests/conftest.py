@@ -52,7 +52,7 @@ def make_header() -> Callable[..., StudentHeader]:
     return make
 
 
-_SIZES = {"n_channels": 16, "n_interactions": 2, "n_basis": 8}
+_SIZES = {"n_channels": 16, "n_interactions": 2, "n_basis": 8, "norm_softening": 0.01}
 
 
 @pytest.fixture(scope="session")

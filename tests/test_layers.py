@@ -18,6 +18,7 @@ FOLDERS = {
 # "" is the package itself, for its version; the standard library is free for all but the first
 GROUPS: dict[str, tuple[str, str, str]] = {
     "facts": ("units elements", "", ""),
+    "process": ("memory", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
         "graph neighbors painn potential radial repulsion",
@@ -52,7 +53,11 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "empty": ("interfaces students", "", ""),
     "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
-    "cli": ("cli", "package facts files adapter training sources validation", "typer"),
+    "cli": (
+        "cli",
+        "package process facts files adapter training sources validation",
+        "typer",
+    ),
 }
 
 # libraries that are imported in these modules and nowhere else, however deep the call

@@ -53,6 +53,9 @@ class ModelConfig:
     cutoff: float = 5.0
     """Neighbor cutoff [Å]."""
 
+    norm_softening: float = 1e-2
+    """Norms of vector features are sqrt(v² + this); less is rougher, and energy drifts."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:

@@ -124,6 +124,7 @@ class Trainer:
             fused=True,
         )
         self.progress = Progress()
+        self._initial: dict[str, Any] | None = None  # where the weights came from
         self._stop = False
         self._losses: dict[str, Tensor] = {}
         self._bad_steps = torch.zeros((), device=self.device)
@@ -285,6 +286,9 @@ class Trainer:
             "metrics": metrics,
             "training": {"steps": self.progress.step, "config": _portable(self.config)},
         }
+        if self._initial is not None:
+            new["training"]["initial"] = self._initial
+            new["dataset"] = _all_seen(self.header.dataset, self._initial["dataset"])
         header = StudentHeader(**(asdict(self.header) | new))
         save_student(self.folder / STUDENT, self.average, header)
 
@@ -298,6 +302,7 @@ class Trainer:
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "progress": asdict(self.progress),
+            "initial": self._initial,
         }
         temporary = self.folder / (CHECKPOINT + ".tmp")
         try:
@@ -331,12 +336,15 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
         self._set_references(state["references"])
+        self._initial = state.get("initial")
         log.info("resumed from %s at step %d", path, self.progress.step)
 
     def _start_from(self, path: str) -> None:
         initial = load_student(path, device=self.device)
         for name in ("architecture", "elements", "cutoff", "energy_scale"):
             mine, theirs = getattr(self.header, name), getattr(initial.header, name)
+            if name == "architecture":  # weights may learn to live with another softening
+                mine, theirs = ({**a, "norm_softening": None} for a in (mine, theirs))
             if mine != theirs:
                 raise ConfigError(
                     f"initial: {path} has {name} {theirs}, this run {mine}; they must be the same"
@@ -344,6 +352,8 @@ class Trainer:
         self.potential.load_state_dict(initial.state_dict())
         self.average.load_state_dict(initial.state_dict())
         self._set_references(initial.header.references)
+        names = ("name", "sha256", "architecture", "dataset", "training")
+        self._initial = {name: getattr(initial.header, name) for name in names}
 
     def _set_references(self, references: list[float]) -> None:
         self.potential.references = list(references)
@@ -363,7 +373,8 @@ class Trainer:
 
     def _header(self) -> StudentHeader:
         model = self.config.model
-        sizes = {k: getattr(model, k) for k in ("n_channels", "n_interactions", "n_basis")}
+        names = ("n_channels", "n_interactions", "n_basis", "norm_softening")
+        sizes = {k: getattr(model, k) for k in names}
         return StudentHeader(
             name=self.config.name,
             architecture={"kind": "painn", **sizes},
@@ -407,10 +418,18 @@ def _rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float | 
     }
 
 
+def _all_seen(dataset: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The training set of both runs together, where one is a part of the other."""
+    same = all(dataset[name] == earlier.get(name) for name in ("files", "split"))
+    return earlier if same and earlier["train_atoms"] > dataset["train_atoms"] else dataset
+
+
 def _portable(config: TrainConfig) -> dict[str, Any]:
     """The configuration without folders of the machine."""
     values = asdict(config)
     values["data"]["files"] = [Path(f).name for f in config.data.files]
+    if config.initial is not None:
+        values["initial"] = Path(config.initial).name
     del values["output"]
     return values
 

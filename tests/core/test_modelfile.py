@@ -124,6 +124,20 @@ def test_golden_file_of_version_1_gives_its_stored_numbers(data_folder, predict)
         assert np.abs(system["forces"]).max() > 0.3
 
 
+def test_softening_of_the_norms_is_in_the_file(tmp_path, make_student, make_header, predict, box):
+    header, student, soft = (
+        make_header(norm_softening=0.09),
+        make_student(),
+        make_student(norm_softening=0.09),
+    )
+    with pytest.raises(ValueError, match=r"norm_softening is 0.09, the potential's 0.01"):
+        save_student(tmp_path / "a.safetensors", student, header)
+    save_student(tmp_path / "a.safetensors", soft, header)
+    found = predict(load_student(tmp_path / "a.safetensors", precision="double"), box).energy
+    assert found.item() == pytest.approx(predict(soft, box).energy.item(), abs=1e-9)
+    assert abs(found.item() - predict(student, box).energy.item()) > 1e-3
+
+
 # damage
 
 
@@ -213,6 +227,8 @@ def test_header_that_makes_no_sense_is_refused(student_file, change, message):
         ({"n_channels": 17}, "weights do not fit the architecture"),
         ({"kind": "mace"}, "architecture .* is not known .* it knows kind 'painn'"),
         ({"n_heads": 2}, "architecture .* is not known"),
+        ({"norm_softening": 0}, "norm_softening must be positive, got 0"),
+        ({"norm_softening": "0.01"}, "norm_softening must be positive, got '0.01'"),
     ],
 )
 def test_architecture_that_does_not_fit_is_refused(student_file, sizes, message):

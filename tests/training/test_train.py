@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from openmm_mlffd.modelfile import load_student
+from openmm_mlffd.modelfile import load_student, read_header
 from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import ConfigError, DataConfig, OptimizerConfig
 from openmm_mlffd.training.evaluate import evaluate
@@ -304,11 +304,34 @@ def test_run_can_start_from_a_student(morse_config, tmp_path):
     assert second.progress.best < before["force_mae"]
 
 
+def test_student_file_says_what_it_was_trained_from(morse_config, tmp_path):
+    _, path = train(morse_config(output=str(tmp_path / "first"), epochs=1))
+    first = read_header(path)
+    config = morse_config(initial=str(path), epochs=2)
+    trainer = Trainer(config)
+    trainer.save_checkpoint()
+    _, second = train(config)  # resumed
+    record = read_header(second).training
+    assert record["config"]["initial"] == path.name
+    assert record["initial"]["sha256"] == first.sha256
+    assert record["initial"]["training"] == first.training
+    assert record["initial"]["dataset"]["train_structures"] > 0
+    assert "initial" not in first.training
+
+
 def test_student_of_another_architecture_is_no_start(morse_config, tmp_path):
     _, path = train(morse_config(output=str(tmp_path / "first"), max_minutes=None, epochs=1))
     model = replace(morse_config().model, cutoff=4.0)
     with pytest.raises(ConfigError, match=r"initial: .* has cutoff 4.5, this run 4.0"):
         Trainer(morse_config(initial=str(path), model=model))
+
+
+def test_student_with_rougher_norms_is_a_start(morse_config, tmp_path):
+    config = morse_config(output=str(tmp_path / "first"), epochs=1)
+    _, path = train(replace(config, model=replace(config.model, norm_softening=1e-4)))
+    second = Trainer(morse_config(initial=str(path)))
+    assert load_student(path).network.norm_softening == 1e-4
+    assert second.average.network.norm_softening == 1e-2
 
 
 # labels that are not finite
