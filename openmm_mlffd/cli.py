@@ -19,6 +19,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Dataset files.", no_args_is_help=True)
 app.add_typer(data, name="data")
+teacher_app = typer.Typer(help="Environments of teachers.", no_args_is_help=True)
+app.add_typer(teacher_app, name="teacher")
 
 
 @app.callback(invoke_without_command=True)
@@ -99,6 +101,23 @@ def generate(
         raise typer.Exit(1)
 
 
+@teacher_app.command("install")
+def teacher_install(
+    name: Annotated[str, typer.Argument(help="so3lr, gfn2-xtb, orb or fennix.")],
+    python: Annotated[
+        str | None, typer.Option(help="Python to make it with; this one by default.")
+    ] = None,
+    pip: Annotated[
+        list[str] | None,
+        typer.Option(help="Further argument of pip, repeatable: --pip torch==2.13.0."),
+    ] = None,
+) -> None:
+    """Make an environment of its own for a teacher, where `mlffd label` finds it."""
+    from openmm_mlffd.training.environments import install
+
+    typer.echo(install(name, python=python, pip_arguments=pip or [], echo=typer.echo))
+
+
 @app.command()
 def label(
     structures: Annotated[
@@ -106,10 +125,14 @@ def label(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for shards and dataset.")],
     teacher: Annotated[
-        str, typer.Option(help="so3lr, so3lr-stock, gfn2-xtb or ase:package.module:factory.")
+        str,
+        typer.Option(
+            help="so3lr, so3lr-stock, gfn2-xtb, fennix, orb-NAME or ase:package.module:factory."
+        ),
     ],
     teacher_python: Annotated[
-        str | None, typer.Option(help="Python that has the teacher; this one by default.")
+        str | None,
+        typer.Option(help="Python that has the teacher; what was installed for it, else this one."),
     ] = None,
     teacher_option: Annotated[
         list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
@@ -138,16 +161,18 @@ def label(
     ] = None,
 ) -> None:
     """Label structures with a teacher; goes on where it stopped."""
+    from openmm_mlffd.training.environments import installed_python
     from openmm_mlffd.training.label import Limits, TeacherChoice, format_summary
     from openmm_mlffd.training.label import label as run
     from openmm_mlffd.training.parallel import choose_workers
     from openmm_mlffd.training.sources import open_source
     from openmm_mlffd.training.teachers import parse_options
 
+    installed = installed_python(teacher)
     choice = TeacherChoice(
         name=teacher,
         options=parse_options(teacher_option or []),
-        python=teacher_python,
+        python=teacher_python or (str(installed) if installed else None),
         timeout=timeout,
         batch_atoms=batch_atoms,
     )

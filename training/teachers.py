@@ -71,7 +71,8 @@ class WorkerTeacher:
     Parameters
     ----------
     name
-        ``so3lr``, ``so3lr-stock``, ``gfn2-xtb`` or ``ase:package.module:factory``.
+        ``so3lr``, ``so3lr-stock``, ``gfn2-xtb``, ``fennix``, a model of orb-models such as
+        ``orb-v2``, or ``ase:package.module:factory``.
     options
         Keyword arguments of the teacher, of types that JSON has.
     python
