@@ -65,6 +65,102 @@ def data_info(file: Annotated[Path, typer.Argument(help="Dataset file.")]) -> No
             typer.echo(f"  {name:14s} {atoms:9d} " + " ".join(f"{n:8d}" for n in counts))
 
 
+@data.command("stats")
+def data_stats(
+    files: Annotated[list[Path], typer.Argument(help="Dataset files.")],
+) -> None:
+    """Sizes, elements, forces and temperatures, by subset."""
+    from openmm_mlffd.training.datasets.survey import format_stats, survey
+
+    typer.echo(format_stats(survey(files, judge=False)))
+
+
+@data.command("validate")
+def data_validate(
+    files: Annotated[list[Path], typer.Argument(help="Dataset files.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Page with histograms (HTML) to write.")
+    ] = None,
+    max_force: Annotated[float, typer.Option(help="Largest force on an atom [eV/Å].")] = 100.0,
+    max_net_force: Annotated[float, typer.Option(help="Largest sum of forces [eV/Å].")] = 0.1,
+) -> None:
+    """Look for duplicates and what is not physical; exit code 1 if there is any."""
+    from openmm_mlffd.training.datasets.survey import Bounds, format_findings, survey
+
+    found = survey(files, Bounds(max_force=max_force, max_net_force=max_net_force))
+    typer.echo(format_findings(found))
+    if output is not None:
+        from openmm_mlffd.training.datasets.page import write_page
+
+        write_page(found, output)
+        typer.echo(f"{output}: written")
+    if found.findings:
+        raise typer.Exit(1)
+
+
+_Val = Annotated[float | None, typer.Option(help="Fraction of the groups for validation.")]
+_Test = Annotated[float | None, typer.Option(help="Fraction of the groups for testing.")]
+_Seed = Annotated[int | None, typer.Option(help="Seed of the split.")]
+
+
+@data.command("merge")
+def data_merge(
+    files: Annotated[list[Path], typer.Argument(help="Dataset files.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Dataset file to write.")],
+    val: _Val = None,
+    test: _Test = None,
+    seed: _Seed = None,
+) -> None:
+    """One file of several; what comes twice is taken once. Keeps the split unless told."""
+    from openmm_mlffd.training.datasets.combine import choose_rule, merge
+
+    n, duplicates = merge(files, output, split=choose_rule(val, test, seed))
+    typer.echo(f"{output}: {n} structures, {duplicates} duplicates left out")
+
+
+@data.command("split")
+def data_split(
+    file: Annotated[Path, typer.Argument(help="Dataset file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")],
+    val: _Val = None,
+    test: _Test = None,
+    seed: _Seed = None,
+) -> None:
+    """Files train.h5, val.h5 and test.h5 of one. Keeps the split unless told."""
+    from openmm_mlffd.training.datasets.combine import choose_rule, split_file
+
+    for name, n in split_file(file, output, split=choose_rule(val, test, seed)).items():
+        typer.echo(f"{output / name}.h5: {n} structures" if n else f"{name}: none")
+
+
+@data.command("convert")
+def data_convert(
+    source: Annotated[Path, typer.Argument(help="File to read.")],
+    output: Annotated[Path, typer.Argument(help="File to write.")],
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="dataset, extxyz, db or spice; by default seen.")
+    ] = None,
+    output_format: Annotated[
+        str | None, typer.Option("--to", help="The same; by default from the name.")
+    ] = None,
+    charge: Annotated[
+        int, typer.Option(help="Total charge [e] of structures of which the file does not say it.")
+    ] = 0,
+) -> None:
+    """Dataset files to and from extended XYZ, ASE databases (.db) and SPICE's HDF5."""
+    from openmm_mlffd.training.datasets.convert import convert
+
+    n, left_out = convert(
+        source,
+        output,
+        source_format=source_format,
+        output_format=output_format,
+        charge=charge,
+    )
+    rest = f", {left_out} periodic ones left out" if left_out else ""
+    typer.echo(f"{output}: {n} structures{rest}")
+
+
 @app.command()
 def generate(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see training/configs/broad.yaml.")],

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -255,12 +255,10 @@ def read_ase(path: Path, charge: int) -> list[Frame]:
     SourceError
         If ASE cannot read the file, or a frame is not one of atoms.
     """
-    from ase.io import iread
-
     frames = []
     try:
-        for i, atoms in enumerate(iread(path, ":")):
-            frames.append(_frame(atoms, f"{path}: frame {i}", path.stem, charge))
+        for i, atoms in enumerate(iterate_ase(path)):
+            frames.append(frame_of(atoms, f"{path}: frame {i}", path.stem, charge))
     except SourceError:
         raise
     except Exception as error:  # readers of ASE raise whatever their format makes them
@@ -270,8 +268,42 @@ def read_ase(path: Path, charge: int) -> list[Frame]:
     return frames
 
 
-def _frame(atoms: Any, where: str, stem: str, charge: int) -> Frame:
-    info, numbers = atoms.info, atoms.get_atomic_numbers()
+def iterate_ase(path: Path) -> Iterator[Any]:
+    """Atoms of a file that ASE reads, one after the other; of a database with all it has."""
+    if path.suffix.lower() == ".db":
+        from ase.db import connect
+
+        for row in connect(path, type="db").select():
+            yield row.toatoms(add_additional_information=True)
+        return
+    from ase.io import iread
+
+    yield from iread(path, ":")
+
+
+def frame_of(atoms: Any, where: str, stem: str, charge: int) -> Frame:
+    """A frame from ASE's atoms; names in `atoms.info` are those of `read_ase`.
+
+    Parameters
+    ----------
+    atoms
+        `ase.Atoms`.
+    where
+        File and place, for messages.
+    stem
+        Subset of frames that name none.
+    charge
+        Total charge [e] of frames that do not say it.
+
+    Raises
+    ------
+    SourceError
+        If it has no atoms, an unknown element, positions that are not finite, or a total charge
+        that is not whole.
+    """
+    # rows of ASE databases have what else is known under these two names
+    info = atoms.info | atoms.info.get("key_value_pairs", {}) | atoms.info.get("data", {})
+    numbers = atoms.get_atomic_numbers()
     if not len(numbers):
         raise SourceError(f"{where} has no atoms")
     if numbers.min() < 1 or not np.isfinite(atoms.positions).all():

@@ -320,7 +320,9 @@ class FennixTeacher(AseTeacher):
         """File, program and precision."""
         from importlib.metadata import version
 
-        return f"FeNNol model with SHA-256 {self._digest} (FeNNol {version('fennol')}), {self._dtype}"
+        return (
+            f"FeNNol model with SHA-256 {self._digest} (FeNNol {version('fennol')}), {self._dtype}"
+        )
 
     def refusal(self, numbers: np.ndarray, pbc: np.ndarray, charge: int) -> str:
         """Why a structure cannot be labelled, or an empty string."""
