@@ -146,8 +146,12 @@ def data_convert(
     charge: Annotated[
         int, typer.Option(help="Total charge [e] of structures of which the file does not say it.")
     ] = 0,
+    val: _Val = None,
+    test: _Test = None,
+    seed: _Seed = None,
 ) -> None:
     """Dataset files to and from extended XYZ, ASE databases (.db) and SPICE's HDF5."""
+    from openmm_mlffd.training.datasets.combine import choose_rule
     from openmm_mlffd.training.datasets.convert import convert
 
     n, left_out = convert(
@@ -156,6 +160,7 @@ def data_convert(
         source_format=source_format,
         output_format=output_format,
         charge=charge,
+        split=choose_rule(val, test, seed),
     )
     rest = f", {left_out} periodic ones left out" if left_out else ""
     typer.echo(f"{output}: {n} structures{rest}")

@@ -97,6 +97,8 @@ def merge(
                             keep.append(i)
                     duplicates += len(block.energy) - len(keep)
                     written += len(keep)
+                    if not keep:
+                        continue
                     block = take(block._replace(subset=names[block.subset]), np.array(keep, int))
                     writer.append(block, [groups[g] for g in block.group])
     return Merged(written, duplicates)
@@ -149,7 +151,10 @@ def split_file(
                 origin=dataset.origin,
             ) as writer:
                 for _, block in blocks_of(dataset):
-                    mine = take(block, np.flatnonzero(place[block.group] == which))
+                    chosen = np.flatnonzero(place[block.group] == which)
+                    if not len(chosen):
+                        continue
+                    mine = take(block, chosen)
                     writer.append(mine, [groups[g] for g in mine.group])
                     counts[name] += len(mine.energy)
     return counts

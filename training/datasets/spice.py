@@ -7,6 +7,7 @@ P. Eastman et al., Sci. Data 10, 11 (2023); doi:10.1038/s41597-022-01882-6.
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import h5py
 import numpy as np
 
 from openmm_mlffd.training.datasets.chemistry import name_and_charge
-from openmm_mlffd.training.hdf5 import Dataset, DatasetError, Structures
+from openmm_mlffd.training.datasets.survey import blocks_of
+from openmm_mlffd.training.hdf5 import Dataset, DatasetError, Structures, take
 from openmm_mlffd.units import BOHR, HARTREE
 
 _UNITS = {
@@ -22,6 +24,8 @@ _UNITS = {
     "dft_total_energy": "hartree",
     "dft_total_gradient": "hartree/bohr",
 }
+_BLOCK = 1024  # structures read at a time …
+_BLOCKS_KEPT = 8  # … and how many such blocks are kept
 _CHARGES = "mbis_charges"
 
 
@@ -68,6 +72,7 @@ def read_spice(path: Path, charge: int = 0) -> Iterator[tuple[Structures, str, s
                     raise DatasetError(f"{where}: {key} must be in {unit}, the file says {said!r}")
             smiles = _text(molecule, "smiles")
             group, formal = name_and_charge(smiles) if smiles else (name, None)
+            group = str(molecule.attrs.get("group", group))  # of our own files, word by word
             said = molecule.attrs.get("total_charge", formal if formal is not None else charge)
             yield (
                 _structures(molecule, int(said), where),
@@ -110,7 +115,7 @@ def _structures(molecule: Any, charge: int, where: str) -> Structures:
         cell=np.zeros((n, 3, 3)),
         pbc=np.zeros((n, 3), bool),
         total_charge=np.full(n, charge, "i2"),
-        temperature=np.full(n, np.nan, "f4"),
+        temperature=optional("temperature", (n,), 1.0).astype("f4"),
         group=np.zeros(n, "i4"),
         subset=np.zeros(n, "u1"),
         split=np.zeros(n, "u1"),
@@ -121,34 +126,43 @@ def write_spice(dataset: Dataset, path: Path) -> tuple[int, int]:
     """Write the molecules of a dataset file; returns how many were written and left out.
 
     Structures of one group with the same atoms in the same order become one HDF5 group. This
-    layout has no boxes: periodic structures are left out. Temperatures are lost.
+    layout has no boxes: periodic structures are left out.
     """
     places: dict[tuple[str, int, bytes, int], list[int]] = {}
     groups = dataset.group_names()
     left_out = 0
-    for i in range(len(dataset)):
-        one = dataset.read(i, i + 1)
-        if one.pbc.any():
-            left_out += 1
-            continue
-        key = (
-            groups[int(one.group[0])],
-            int(one.subset[0]),
-            one.atomic_numbers.tobytes(),
-            int(one.total_charge[0]),
-        )
-        places.setdefault(key, []).append(i)
+    for start, block in blocks_of(dataset):
+        for i, periodic in enumerate(block.pbc.any(1)):
+            if periodic:
+                left_out += 1
+                continue
+            key = (
+                groups[int(block.group[i])],
+                int(block.subset[i]),
+                block.atomic_numbers[block.offsets[i] : block.offsets[i + 1]].tobytes(),
+                int(block.total_charge[i]),
+            )
+            places.setdefault(key, []).append(start + i)
+
+    @lru_cache(maxsize=_BLOCKS_KEPT)
+    def block_of(number: int) -> Structures:
+        stop = min((number + 1) * _BLOCK, len(dataset))
+        return dataset.read(number * _BLOCK, stop)
+
+    def read(index: int) -> Structures:
+        return take(block_of(index // _BLOCK), np.array([index % _BLOCK]))
+
     with h5py.File(path, "x") as file:
         file.attrs["teacher"] = dataset.teacher
         for (group, subset, numbers, charge), indices in places.items():
-            _write_molecule(
-                file, dataset, indices, (group, dataset.subsets[subset], numbers, charge)
-            )
+            parts = [read(i) for i in indices]
+            what = (group, dataset.subsets[subset], numbers, charge)
+            _write_molecule(file, parts, what, labelled=dataset.labelled)
     return len(dataset) - left_out, left_out
 
 
 def _write_molecule(
-    file: h5py.File, dataset: Dataset, indices: list[int], what: tuple[str, str, bytes, int]
+    file: h5py.File, parts: list[Structures], what: tuple[str, str, bytes, int], *, labelled: bool
 ) -> None:
     group, subset, numbers, charge = what
     name = stem = re.sub(r"[/.]", "_", group) or "molecule"
@@ -158,11 +172,11 @@ def _write_molecule(
     molecule = file.create_group(name)
     n_atoms = len(numbers)
     molecule.attrs["total_charge"] = charge
+    molecule.attrs["group"] = group
     text = h5py.string_dtype()
     molecule.create_dataset("smiles", data=[group], dtype=text)
     molecule.create_dataset("subset", data=[subset], dtype=text)
     molecule["atomic_numbers"] = np.frombuffer(numbers, "u1").astype("i2")
-    parts = [dataset.read(i, i + 1) for i in indices]
 
     def put(key: str, values: np.ndarray) -> None:
         molecule[key] = values
@@ -171,7 +185,10 @@ def _write_molecule(
 
     positions = np.stack([p.positions.astype("f8") for p in parts])
     put("conformations", (positions / BOHR).astype("f4"))
-    if dataset.labelled:
+    warm = np.array([p.temperature[0] for p in parts])
+    if np.isfinite(warm).all():
+        put("temperature", warm)
+    if labelled:
         put("dft_total_energy", np.array([p.energy[0] for p in parts]) / HARTREE)
         forces = np.stack([p.forces.astype("f8") for p in parts])
         put("dft_total_gradient", (-forces * BOHR / HARTREE).astype("f4"))
