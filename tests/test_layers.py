@@ -36,15 +36,26 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     # of processes of their own: teachers run where nothing of this project is installed
     "teachers": (
-        "training.teacher_worker training.so3lr",
+        "training.teacher_worker training.so3lr training.orb",
         "",
-        "numpy torch ase matscipy so3krates_torch",
+        "numpy torch ase matscipy so3krates_torch orb_models jax fennol",
     ),
     "sources": ("training.sources", "training", "numpy ase rdkit"),
+    # structures to be labelled: force fields, and the student as one of them
+    "generation": (
+        "training.generation training.generation.*",
+        "facts adapter training sources generation package",
+        "numpy tqdm openmm rdkit",
+    ),
+    "datasets": (
+        "training.datasets training.datasets.*",
+        "facts kernels training sources datasets",
+        "numpy torch h5py ase rdkit matplotlib jinja2",
+    ),
     "training": (
         "training training.*",
         "facts physics files adapter training sources teachers",
-        "torch numpy h5py omegaconf yaml tqdm",
+        "torch numpy h5py omegaconf yaml tqdm distributed dask_jobqueue",
     ),
     "validation": (
         "validation validation.*",
@@ -55,23 +66,29 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
     "cli": (
         "cli",
-        "package process facts files adapter training sources validation",
+        "package process facts files adapter training sources generation datasets validation",
         "typer",
     ),
 }
 
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
-    "openmm": "interfaces.openmm_potential validation.*",
+    "openmm": "interfaces.openmm_potential validation.* training.generation.*",
     "openmmml": "interfaces.openmm_potential validation.*",
-    "ase": "interfaces.ase_calculator validation.* training.sources training.teacher_worker",
-    "rdkit": "validation.* training.sources",
+    "ase": (
+        "interfaces.ase_calculator validation.* training.sources training.teacher_worker "
+        "training.orb training.datasets.convert"
+    ),
+    "rdkit": "validation.* training.sources training.generation.* training.datasets.chemistry",
+    "orb_models": "training.orb",
+    "fennol": "training.teacher_worker",
+    "distributed": "training.parallel",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
-    "h5py": "training.hdf5 training.starter",
+    "h5py": "training.hdf5 training.starter training.datasets.spice",
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
-    "matplotlib": "validation.*",
+    "matplotlib": "validation.* training.datasets.page",
     "typer": "cli",
 }
 
