@@ -64,15 +64,19 @@ class Manifest:
         self._path = folder / MANIFEST
         folder.mkdir(parents=True, exist_ok=True)
         if self._path.exists():
-            self._load(identity)
+            self._load(input_name, identity)
             return
         others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if others:
             raise FolderError(
                 f"{folder}: holds {others[0]}, but no {MANIFEST}; choose a new or empty folder"
             )
-        self.content: dict[str, Any] = {
-            "format": kind.format,
+        self.content: dict[str, Any] = self._new(input_name, identity)
+        self.save()
+
+    def _new(self, input_name: str, identity: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "format": self.kind.format,
             "version": VERSION,
             "input": input_name,
             "identity": identity,
@@ -80,15 +84,18 @@ class Manifest:
             "shards": {},
             "dataset": None,
         }
-        self.save()
 
-    def _load(self, identity: dict[str, Any]) -> None:
+    def _load(self, input_name: str, identity: dict[str, Any]) -> None:
         try:
             self.content = json.loads(self._path.read_text())
         except ValueError as error:
             raise FolderError(f"{self._path}: is damaged ({error}); choose a new folder") from error
         if (self.content.get("format"), self.content.get("version")) != (self.kind.format, VERSION):
             raise FolderError(f"{self._path}: is not of {self.kind.format} version {VERSION}")
+        if not self.content["shards"]:  # nothing was done that would have to agree
+            self.content = self._new(input_name, identity)
+            self.save()
+            return
         there, wanted = self.content["identity"], json.loads(json.dumps(identity))
         for key in sorted(there.keys() | wanted.keys()):
             if there.get(key) != wanted.get(key):
