@@ -189,7 +189,9 @@ def generate(
     from openmm_mlffd.training.generation.run import format_summary
     from openmm_mlffd.training.generation.run import generate as run
     from openmm_mlffd.training.parallel import choose_workers
+    from openmm_mlffd.training.usage import Watch
 
+    watch = Watch()
     loaded = load_recipe(recipe, overrides or [])
     summary = run(
         loaded,
@@ -198,6 +200,7 @@ def generate(
         fraction=fraction,
     )
     typer.echo(format_summary(summary))
+    typer.echo(watch.report(summary.new))
     if summary.dataset is None:
         raise typer.Exit(1)
 
@@ -268,6 +271,7 @@ def label(
     from openmm_mlffd.training.parallel import choose_workers
     from openmm_mlffd.training.sources import open_source
     from openmm_mlffd.training.teachers import parse_options
+    from openmm_mlffd.training.usage import Watch
 
     installed = installed_python(teacher)
     choice = TeacherChoice(
@@ -277,6 +281,7 @@ def label(
         timeout=timeout,
         batch_atoms=batch_atoms,
     )
+    watch = Watch()
     summary = run(
         open_source(structures, charge=charge, add_hydrogens=add_hydrogens),
         output,
@@ -286,6 +291,7 @@ def label(
         workers=choose_workers(workers, cluster, cluster_option or []),
     )
     typer.echo(format_summary(summary))
+    typer.echo(watch.report(summary.new))
     if summary.dataset is None:
         raise typer.Exit(1)
 

@@ -86,6 +86,9 @@ class Summary(NamedTuple):
     failures: list[tuple[int, str]]
     """Index in the source of each structure without, and why."""
 
+    new: int = 0
+    """How many were given to the teacher in this run; the others were done before."""
+
 
 class TeacherPool:
     """Teachers of one choice, each used by one thread at a time; started when they are needed."""
@@ -204,12 +207,13 @@ def label(
             for i, start in enumerate(range(0, len(source), shard_size))
         }
         todo = {name: part for name, part in names.items() if not manifest.is_done(name)}
+        new = sum(stop - start for start, stop in todo.values())
         if todo:
             work = _Work(source, manifest, choice, limits, workers or Workers())
             work.label(todo, progress=progress)
         dataset = merge_shards(manifest, _common(source, manifest))
     failures = manifest.failures()
-    return Summary(dataset, len(source) - len(failures), failures)
+    return Summary(dataset, len(source) - len(failures), failures, new)
 
 
 def _common(source: Source, manifest: Manifest) -> Writing:

@@ -67,6 +67,9 @@ class Summary(NamedTuple):
     failures: list[tuple[int, str]]
     """Place in the plan of each system without structures, and why."""
 
+    new: int = 0
+    """Structures that were made in this run; the others were there."""
+
 
 class Timed(NamedTuple):
     """A shard, and how long it took."""
@@ -126,7 +129,8 @@ def generate(
         if todo:
             _make(manifest, common, orders, todo, workers or Workers(), progress=progress)
         dataset = merge_shards(manifest, common)
-    return Summary(dataset, _tally(manifest, orders), manifest.failures())
+        new = sum(manifest.content["shards"][o.name]["count"] for o in todo)
+    return Summary(dataset, _tally(manifest, orders), manifest.failures(), new)
 
 
 def _origin(loaded: LoadedRecipe) -> str:
