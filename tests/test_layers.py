@@ -42,15 +42,27 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     # of processes of their own: teachers run where nothing of this project is installed
     "teachers": (
-        "training.teacher_worker training.so3lr",
+        "training.teacher_worker training.so3lr training.orb",
         "",
-        "numpy torch ase matscipy so3krates_torch",
+        "numpy torch ase matscipy so3krates_torch orb_models jax fennol",
     ),
     "sources": ("training.sources", "training", "numpy ase rdkit"),
+    # structures to be labelled: force fields, and the student as one of them
+    "generation": (
+        "training.generation training.generation.*",
+        "facts adapter training sources generation package",
+        "numpy tqdm openmm rdkit",
+    ),
+    "datasets": (
+        "training.datasets training.datasets.*",
+        "facts kernels training sources datasets",
+        "numpy torch h5py ase rdkit matplotlib jinja2",
+    ),
     "training": (
         "training training.*",
         "facts physics files adapter training sources teachers",
-        "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib",
+        "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib "
+        "distributed dask_jobqueue",
     ),
     "suite": (
         "validation.suite validation.suite.*",
@@ -71,7 +83,8 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "package": ("", "physics files ase openmm", ""),  # only lazily: tests/test_import.py
     "cli": (
         "cli",
-        "package process facts files adapter openmm training sources validation suite bench",
+        "package process facts files adapter openmm training sources generation datasets "
+        "validation suite bench",
         "typer",
     ),
 }
@@ -83,22 +96,27 @@ _OPENMM = (
 )
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
-    "openmm": f"{_OPENMM} bench.*",
+    "openmm": f"{_OPENMM} bench.* training.generation.*",
     "openmmml": (
         "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.* "
         "bench.*"
     ),
     "ase": (
         "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
-        "training.teacher_worker"
+        "training.teacher_worker training.orb training.datasets.convert"
     ),
-    "rdkit": "validation.* training.sources",
+    "rdkit": "validation.* training.sources training.generation.* training.datasets.chemistry",
+    "orb_models": "training.orb",
+    "fennol": "training.teacher_worker",
+    "distributed": "training.parallel",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
-    "h5py": "training.hdf5 training.hessian training.pack training.starter",
+    "h5py": (
+        "training.hdf5 training.hessian training.pack training.starter training.datasets.spice"
+    ),
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
-    "matplotlib": "validation.* bench.* training.plots",
+    "matplotlib": "validation.* bench.* training.plots training.datasets.page",
     "optuna": "training.tune",
     "wandb": "training.boards",
     "physical_validation": "validation.suite.ensembles",

@@ -21,8 +21,8 @@ try:
     from so3krates_torch.tools import torch_tools
 except ImportError as error:
     raise ImportError(
-        f"SO3LR is needed ({error}): pip install So3krates-torch==0.2.1, best in an environment "
-        "of its own, whose Python is then given as --teacher-python"
+        f"SO3LR is needed ({error}): mlffd teacher install so3lr, or pip install "
+        "So3krates-torch==0.2.1 in an environment whose Python is then given as --teacher-python"
     ) from error
 
 CUTOFF_LR = 12.0

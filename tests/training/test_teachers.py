@@ -164,7 +164,7 @@ def test_structure_that_takes_for_ever_fails_alone(toy_path):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("orb", {}, "no teacher is called 'orb'; there are so3lr, so3lr-stock, gfn2-xtb and"),
+        ("mace", {}, "no teacher is called 'mace'; there are so3lr, so3lr-stock, gfn2-xtb, fennix"),
         ("ase:toy_calculator", {}, "an ASE calculator is named ase:package.module:factory"),
         ("ase:no_such_module:Toy", {}, "No module named 'no_such_module'"),
         ("ase:toy_calculator:Toy", {"stifness": 1.0}, "unexpected keyword argument 'stifness'"),
