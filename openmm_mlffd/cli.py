@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 import openmm_mlffd
+from openmm_mlffd import cli_data
 
 app = typer.Typer(
     name="mlffd",
@@ -17,8 +18,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-data = typer.Typer(help="Dataset files.", no_args_is_help=True)
-app.add_typer(data, name="data")
+app.add_typer(cli_data.app)
 
 
 @app.callback(invoke_without_command=True)
@@ -28,92 +28,6 @@ def _root(
     if version:
         typer.echo(f"openmm-mlffd {openmm_mlffd.__version__}")
         raise typer.Exit
-
-
-@data.command("import")
-def data_import(
-    sources: Annotated[list[Path], typer.Argument(help="Files with the schema so3lr-starter/2.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Dataset file to write.")],
-    val: Annotated[float, typer.Option(help="Fraction of the molecules for validation.")] = 0.02,
-    test: Annotated[float, typer.Option(help="Fraction of the molecules for testing.")] = 0.03,
-    seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
-) -> None:
-    """Convert SO3LR starter sets into one dataset file, split by molecule."""
-    from openmm_mlffd.training.hdf5 import SplitRule
-    from openmm_mlffd.training.starter import import_starter
-
-    n = import_starter(sources, output, split=SplitRule(val=val, test=test, seed=seed))
-    typer.echo(f"{output}: {n} structures")
-
-
-@data.command("info")
-def data_info(file: Annotated[Path, typer.Argument(help="Dataset file.")]) -> None:
-    """What a dataset file holds, by subset and split."""
-    from openmm_mlffd.training.hdf5 import SPLITS, Dataset
-
-    with Dataset(file) as dataset:
-        typer.echo(f"{file}: {len(dataset)} structures, {dataset.offsets[-1]} atoms")
-        for key, value in dataset.attributes.items():
-            typer.echo(f"  {key}: {value}")
-        typer.echo(f"  {'subset':14s} {'atoms':>9s} " + " ".join(f"{s:>8s}" for s in SPLITS))
-        for index, name in enumerate(dataset.subsets):
-            mine = dataset.subset == index
-            counts = [int((mine & (dataset.split == k)).sum()) for k in range(len(SPLITS))]
-            atoms = int(dataset.n_atoms[mine].sum())
-            typer.echo(f"  {name:14s} {atoms:9d} " + " ".join(f"{n:8d}" for n in counts))
-
-
-@app.command()
-def label(
-    structures: Annotated[
-        Path, typer.Argument(help="Dataset (.h5), SDF with hydrogens, or a file that ASE reads.")
-    ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for shards and dataset.")],
-    teacher: Annotated[
-        str, typer.Option(help="so3lr, so3lr-stock, gfn2-xtb or ase:package.module:factory.")
-    ],
-    teacher_python: Annotated[
-        str | None, typer.Option(help="Python that has the teacher; this one by default.")
-    ] = None,
-    teacher_option: Annotated[
-        list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
-    ] = None,
-    charge: Annotated[
-        int, typer.Option(help="Total charge [e] of structures of which the file does not say it.")
-    ] = 0,
-    max_force: Annotated[float, typer.Option(help="Larger forces [eV/Å] are failures.")] = 100.0,
-    max_net_force: Annotated[
-        float, typer.Option(help="Larger sums of forces [eV/Å] are failures.")
-    ] = 0.1,
-    batch_atoms: Annotated[
-        int | None, typer.Option(help="Atoms given to the teacher at a time.")
-    ] = None,
-    shard_size: Annotated[int, typer.Option(help="Structures per shard, at most 1000.")] = 1000,
-    timeout: Annotated[float, typer.Option(help="Longest time for a batch [s].")] = 600.0,
-) -> None:
-    """Label structures with a teacher; goes on where it stopped."""
-    from openmm_mlffd.training.label import Limits, TeacherChoice, format_summary
-    from openmm_mlffd.training.label import label as run
-    from openmm_mlffd.training.sources import open_source
-    from openmm_mlffd.training.teachers import parse_options
-
-    choice = TeacherChoice(
-        name=teacher,
-        options=parse_options(teacher_option or []),
-        python=teacher_python,
-        timeout=timeout,
-        batch_atoms=batch_atoms,
-    )
-    summary = run(
-        open_source(structures, charge=charge),
-        output,
-        choice,
-        limits=Limits(max_force=max_force, max_net_force=max_net_force),
-        shard_size=shard_size,
-    )
-    typer.echo(format_summary(summary))
-    if summary.dataset is None:
-        raise typer.Exit(1)
 
 
 @app.command()
@@ -354,6 +268,97 @@ def mts(
         seed=seed,
         echo=typer.echo,
     )
+
+
+@app.command()
+def validate(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")],
+    level: Annotated[
+        str, typer.Option(help="smoke (a CPU, minutes), full (a GPU) or tiny (a test).")
+    ] = "smoke",
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same as --level smoke.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The same as --level full.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Dataset file with labels.")] = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all of it.")] = "test",
+    training: Annotated[
+        Path | None, typer.Option(help="Dataset file trained on, if not --data's own split.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="As for `mlffd label`: so3lr, ase:package.module:factory …")
+    ] = None,
+    teacher_python: Annotated[
+        str | None, typer.Option(help="Python that has the teacher; this one by default.")
+    ] = None,
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
+    ] = None,
+    sections: Annotated[
+        str | None,
+        typer.Option(help="Only these, by commas: forces,nve,ensembles,teacher,robustness,speed."),
+    ] = None,
+    pieces: Annotated[
+        Path | None, typer.Option(help="Folder of finished pieces; OUTPUT/pieces by default.")
+    ] = None,
+    speed: Annotated[Path | None, typer.Option(help="JSON of a speed measurement.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so long; the same command goes on.")
+    ] = None,
+    run_minutes: Annotated[
+        float | None, typer.Option(help="End each simulation after so long, however short it is.")
+    ] = None,
+    measure_only: Annotated[
+        bool, typer.Option("--measure-only", help="No report: for machines without its packages.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="With --measure-only: tasks whose names hold this text, repeatable."),
+    ] = None,
+) -> None:
+    """Is a student fit for dynamics? Exit code 0: passed, 1: failed, 3: not finished."""
+    from openmm_mlffd.validation.suite.command import run_validate_command
+
+    if smoke and full:
+        raise typer.BadParameter("--smoke and --full exclude one another")
+    finished, passed = run_validate_command(
+        model,
+        output,
+        level="full" if full else "smoke" if smoke else level,
+        data=data,
+        split=split,
+        training=training,
+        teacher=teacher,
+        teacher_python=teacher_python,
+        teacher_options=teacher_option or [],
+        sections=None if sections is None else [s.strip() for s in sections.split(",")],
+        pieces=pieces,
+        speed=speed,
+        device=device,
+        max_minutes=max_minutes,
+        run_minutes=run_minutes,
+        measure_only=measure_only,
+        only=only or [],
+        echo=typer.echo,
+    )
+    if not (finished and passed):
+        raise typer.Exit(1 if finished else 3)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Folders of `mlffd validate`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML to write.")] = None,
+) -> None:
+    """Validated students side by side."""
+    from openmm_mlffd.validation.suite.compare import compare as run
+    from openmm_mlffd.validation.suite.compare import format_text
+
+    report = run(reports)
+    for line in format_text(report):
+        typer.echo(line)
+    if output is not None:
+        typer.echo(f"\n{report.write(output)}")
 
 
 def main() -> None:

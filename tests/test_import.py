@@ -76,6 +76,12 @@ def test_fused_kernels_start_in_silence_and_leave_warp_as_it_was():
     assert "warp" in loaded_by(code)
 
 
+def test_validations_are_measured_without_what_reports_need():
+    modules = loaded_by("import openmm_mlffd.validation.suite.command")
+    assert {"torch", "openmm"} <= modules
+    assert not modules & {"matplotlib", "mdtraj", "rdkit", "h5py", "ase", "physical_validation"}
+
+
 def test_importing_leaves_torch_and_warnings_as_they_were():
     loaded_by(
         "import torch, warnings\n"

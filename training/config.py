@@ -4,11 +4,13 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+Kind = TypeVar("Kind")
 
 
 class ConfigError(ValueError):
@@ -246,6 +248,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         If the file cannot be read, or a setting is unknown (with a suggestion), missing or of
         the wrong type.
     """
+    settings = read_settings(path, overrides)
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    check_keys(given, TrainConfig, "command line")
+    check_keys(settings, TrainConfig, str(path))
+    return typed(TrainConfig, settings, str(path))
+
+
+def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Settings of a YAML file with overrides, written ``key=value``, not yet checked.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read, or an override has no equals sign.
+    """
     try:
         loaded = OmegaConf.load(path)
     except (OSError, YAMLError) as error:
@@ -255,21 +272,41 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     for text in overrides:
         if "=" not in text:
             raise ConfigError(f"{text}: overrides are written key=value")
-    given = OmegaConf.from_dotlist(list(overrides))
-    _check_keys(OmegaConf.to_container(loaded), TrainConfig, str(path))
-    _check_keys(OmegaConf.to_container(given), TrainConfig, "command line")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), loaded, given)
-        config = OmegaConf.to_object(merged)
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
+        settings = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    assert isinstance(settings, dict)
+    return {str(k): v for k, v in settings.items()}
+
+
+def typed(kind: type[Kind], settings: dict[str, Any], where: str) -> Kind:
+    """Settings as a dataclass of their own, complete with defaults.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is missing or of the wrong type.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), settings))
     except (OmegaConfBaseException, TypeError) as error:
         key = getattr(error, "full_key", None)
         message = str(error).splitlines()[0]
-        raise ConfigError(f"{path}: {f'{key}: ' if key else ''}{message}") from error
-    assert isinstance(config, TrainConfig)
+        raise ConfigError(f"{where}: {f'{key}: ' if key else ''}{message}") from error
+    assert isinstance(config, kind)
     return config
 
 
-def _check_keys(settings: Any, kind: type, where: str, prefix: str = "") -> None:
+def check_keys(settings: Any, kind: type, where: str, prefix: str = "") -> None:
+    """Refuse settings that a dataclass does not have, with a suggestion.
+
+    Raises
+    ------
+    ConfigError
+        If there is one.
+    """
     if not isinstance(settings, dict):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} must hold settings, got {settings!r}")
     known = get_type_hints(kind)
@@ -279,4 +316,4 @@ def _check_keys(settings: Any, kind: type, where: str, prefix: str = "") -> None
             hint = f"did you mean '{prefix}{close[0]}'?" if close else f"known: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown setting '{prefix}{key}'; {hint}")
         if is_dataclass(known[key]):
-            _check_keys(value, known[key], where, f"{prefix}{key}.")
+            check_keys(value, known[key], where, f"{prefix}{key}.")

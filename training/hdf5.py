@@ -1,4 +1,4 @@
-"""The dataset file, schema version 1 (documented in docs/dataset.md): reader and writer."""
+"""Dataset files, labelled or not, schema version 1 (docs/dataset.md): reader and writer."""
 
 import hashlib
 import io
@@ -14,7 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 FORMAT = "mlffd-dataset"
+UNLABELLED = "mlffd-structures"
+"""Format of files of structures without labels, which are otherwise the same."""
+
 VERSION = 1
+LABELS = ("energy", "forces", "stress", "partial_charges")
 UNITS = {
     "positions": "Å",
     "cell": "Å",
@@ -167,11 +171,13 @@ class DatasetWriter:
     path
         File to write; must not exist.
     teacher
-        What made the labels: name, version, settings.
+        What made the labels: name, version, settings. None for a file without labels.
     subsets
         Names of the subsets.
     split
         How groups are split; stored in the file, with the result.
+    origin
+        What made the structures.
 
     Raises
     ------
@@ -182,9 +188,17 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, path: str | Path, *, teacher: str, subsets: Sequence[str], split: SplitRule
+        self,
+        path: str | Path,
+        *,
+        teacher: str | None,
+        subsets: Sequence[str],
+        split: SplitRule,
+        origin: str = "",
     ) -> None:
         self._path = Path(path)
+        self._labels = teacher is not None
+        self._fields = [f for f in _FIELDS if self._labels or f not in LABELS]
         self._split = split
         self._subsets = list(subsets)
         self._groups: dict[str, int] = {}
@@ -193,20 +207,21 @@ class DatasetWriter:
         self._temporary = self._path.with_name(self._path.name + ".tmp")
         self._stream = _Stream(self._temporary, "w+")
         self._file = h5py.File(self._stream, "w")
-        self._file.attrs.update(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "teacher": teacher,
-                "split_seed": split.seed,
-                "split_val": split.val,
-                "split_test": split.test,
-            }
-        )
+        attributes = {
+            "format": FORMAT if self._labels else UNLABELLED,
+            "version": VERSION,
+            "split_seed": split.seed,
+            "split_val": split.val,
+            "split_test": split.test,
+        }
+        attributes |= {"teacher": teacher} if teacher is not None else {}
+        attributes |= {"origin": origin} if origin else {}
+        self._file.attrs.update(attributes)
         self._file.create_dataset(
             "offsets", data=np.zeros(1, "i8"), maxshape=(None,), chunks=(_CHUNK,), fletcher32=True
         )
-        for name, (dtype, row, _) in _FIELDS.items():
+        for name in self._fields:
+            dtype, row, _ = _FIELDS[name]
             dataset = self._file.create_dataset(
                 name,
                 shape=(0, *row),
@@ -239,7 +254,7 @@ class DatasetWriter:
         self._check(structures, n)
         offsets = self._file["offsets"]
         first = int(offsets[-1])
-        for name in _FIELDS:
+        for name in self._fields:
             rows = getattr(structures, name)
             dataset = self._file[name]
             start = dataset.shape[0]
@@ -269,7 +284,7 @@ class DatasetWriter:
                     f"{self._path}: {name} must have shape {shape}, "
                     f"got {getattr(structures, name).shape}"
                 )
-        for name in ("positions", "energy", "forces"):
+        for name in ("positions", "energy", "forces") if self._labels else ("positions",):
             values = getattr(structures, name).reshape(len(getattr(structures, name)), -1)
             bad = ~np.isfinite(values).all(1)
             if bad.any():
@@ -311,6 +326,8 @@ class Dataset:
     ----------
     path
         File written by `DatasetWriter`.
+    unlabelled
+        Whether a file without labels will do; they are read as NaN, and its teacher is "".
 
     Raises
     ------
@@ -318,15 +335,17 @@ class Dataset:
         If the file is missing, damaged, of another format, version or unit.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, unlabelled: bool = False) -> None:
         self.path = Path(path)
+        self._unlabelled_will_do = unlabelled
         try:
             self._file = h5py.File(self.path, "r")
         except OSError as error:
             raise DatasetError(f"{self.path}: not a readable HDF5 file ({error})") from error
         self._check()
         self.offsets: NDArray[np.int64] = self._rows("offsets", slice(None))
-        self.teacher: str = str(self._file.attrs["teacher"])
+        self.teacher: str = str(self._file.attrs["teacher"]) if self.labelled else ""
+        self.origin: str = str(self._file.attrs.get("origin", ""))
         self.subsets: list[str] = [str(s) for s in self._file["subset"].attrs["names"]]
         self.split: NDArray[np.uint8] = self._rows("split", slice(None))
         self.subset: NDArray[np.uint8] = self._rows("subset", slice(None))
@@ -334,27 +353,33 @@ class Dataset:
     def _check(self) -> None:
         attrs = self.attributes
         found = attrs.get("format"), attrs.get("version")
-        if found != (FORMAT, VERSION):
-            hint = (
-                "; convert it with `mlffd data import`"
-                if str(attrs.get("schema", "")).startswith("so3lr-starter")
-                else ""
-            )
+        self.labelled = found[0] == FORMAT
+        self._fields = [f for f in _FIELDS if self.labelled or f not in LABELS]
+        formats = (FORMAT, UNLABELLED) if self._unlabelled_will_do else (FORMAT,)
+        if found[0] not in formats or found[1] != VERSION:
+            hint = ""
+            if found == (UNLABELLED, VERSION):
+                hint = "; it has no labels, which `mlffd label` makes"
+            if str(attrs.get("schema", "")).startswith("so3lr-starter"):
+                hint = "; convert it with `mlffd data import`"
             raise DatasetError(
                 f"{self.path}: has format {found[0]!r} version {found[1]!r}, "
                 f"{FORMAT!r} version {VERSION} is needed{hint}"
             )
-        missing = [n for n in ("offsets", "group_names", *_FIELDS) if n not in self._file]
+        missing = [n for n in ("offsets", "group_names", *self._fields) if n not in self._file]
         if missing:
             raise DatasetError(f"{self.path}: lacks {', '.join(missing)}; was its writing cut off?")
         n, n_atoms = len(self._file["offsets"]) - 1, len(self._file["positions"])
-        for name, (_, row, kind) in _FIELDS.items():
+        for name in self._fields:
+            _, row, kind = _FIELDS[name]
             shape = ((n_atoms if kind == "atom" else n), *row)
             if self._file[name].shape != shape:
                 raise DatasetError(
                     f"{self.path}: {name} must have shape {shape}, it has {self._file[name].shape}"
                 )
         for name, unit in UNITS.items():
+            if name not in self._fields:
+                continue
             if self._file[name].attrs.get("units") != unit:
                 raise DatasetError(
                     f"{self.path}: {name} must be in {unit}, "
@@ -408,9 +433,12 @@ class Dataset:
         """
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         arrays = {}
-        for name, (_, _, kind) in _FIELDS.items():
+        for name, (dtype, row, kind) in _FIELDS.items():
             rows = slice(first, last) if kind == "atom" else slice(start, stop)
-            arrays[name] = self._rows(name, rows)
+            if name in self._fields:
+                arrays[name] = self._rows(name, rows)
+            else:
+                arrays[name] = np.full((rows.stop - rows.start, *row), np.nan, dtype)
         return Structures(offsets=self.offsets[start : stop + 1] - first, **arrays)
 
     def _rows(self, name: str, rows: slice) -> NDArray[Any]:

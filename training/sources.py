@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,6 +34,9 @@ class Source(Protocol):
 
     split: SplitRule
     """How groups are split."""
+
+    origin: str
+    """What made the structures, if that is known."""
 
     def __len__(self) -> int:
         """Number of structures."""
@@ -71,7 +74,7 @@ class Frame:
     """Of the sampler [K]."""
 
 
-def open_source(path: str | Path, *, charge: int = 0) -> Source:
+def open_source(path: str | Path, *, charge: int = 0, add_hydrogens: bool = False) -> Source:
     """Structures of a file.
 
     Parameters
@@ -81,6 +84,8 @@ def open_source(path: str | Path, *, charge: int = 0) -> Source:
         any file that ASE reads, such as extended XYZ.
     charge
         Total charge [e] of structures of which the file does not say it.
+    add_hydrogens
+        Add the implicit hydrogens of an SDF instead of refusing it; other atoms keep their places.
 
     Raises
     ------
@@ -92,8 +97,13 @@ def open_source(path: str | Path, *, charge: int = 0) -> Source:
         raise SourceError(f"{path}: there is no such file")
     if path.suffix in DATASET_SUFFIXES:
         return DatasetSource(path)
-    frames = read_sdf(path) if path.suffix in (".sdf", ".mol") else read_ase(path, charge)
-    return MemorySource(frames, path.name, {"sha256": sha256(path), "charge": charge})
+    identity: dict[str, Any] = {"sha256": sha256(path), "charge": charge}
+    if path.suffix.lower() in (".sdf", ".mol"):
+        frames = [frame for frame, _ in read_sdf(path, add_hydrogens=add_hydrogens)]
+        identity |= {"add_hydrogens": True} if add_hydrogens else {}
+    else:
+        frames = read_ase(path, charge)
+    return MemorySource(frames, path.name, identity)
 
 
 def sha256(path: Path) -> str:
@@ -103,16 +113,17 @@ def sha256(path: Path) -> str:
 
 
 class DatasetSource:
-    """Structures of a dataset file, with its groups, subsets and split, but not its labels."""
+    """Structures of a dataset file, with its groups, subsets and split; labels are left out."""
 
     def __init__(self, path: Path) -> None:
-        self._dataset = Dataset(path)
+        self._dataset = Dataset(path, unlabelled=True)
         if not len(self._dataset):
             raise SourceError(f"{path}: holds no structures")
         self._groups = self._dataset.group_names()
         self.name = path.name
         self.identity = {"sha256": sha256(path)}
         self.subsets = self._dataset.subsets
+        self.origin = self._dataset.origin
         attributes = self._dataset.attributes
         self.split = SplitRule(
             val=attributes["split_val"],
@@ -139,27 +150,9 @@ class MemorySource:
         self.name, self.identity = name, identity
         self.subsets = sorted({frame.subset for frame in frames})
         self.split = SplitRule()
+        self.origin = ""
         self._groups = [frame.group for frame in frames]
-        self._structures = concatenate(self._pack(frame) for frame in frames)
-
-    def _pack(self, frame: Frame) -> Structures:
-        n = len(frame.numbers)
-        return Structures(
-            offsets=np.array([0, n]),
-            atomic_numbers=frame.numbers.astype("u1"),
-            positions=frame.positions.astype("f4"),
-            forces=np.full((n, 3), np.nan, "f4"),
-            partial_charges=np.full(n, np.nan, "f4"),
-            energy=np.full(1, np.nan),
-            stress=np.full((1, 3, 3), np.nan, "f4"),
-            cell=np.zeros((1, 3, 3)) if frame.cell is None else frame.cell.reshape(1, 3, 3),
-            pbc=np.array([frame.pbc]),
-            total_charge=np.array([frame.charge], "i2"),
-            temperature=np.array([frame.temperature], "f4"),
-            group=np.zeros(1, "i4"),
-            subset=np.array([self.subsets.index(frame.subset)], "u1"),
-            split=np.zeros(1, "u1"),
-        )
+        self._structures = concatenate(pack(frame, self.subsets) for frame in frames)
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -167,6 +160,27 @@ class MemorySource:
     def read(self, start: int, stop: int) -> tuple[Structures, list[str]]:
         """Structures start … stop - 1, and the names of their groups."""
         return take(self._structures, np.arange(start, stop)), self._groups[start:stop]
+
+
+def pack(frame: Frame, subsets: list[str]) -> Structures:
+    """A frame as structures, one of them, with labels that are unknown."""
+    n = len(frame.numbers)
+    return Structures(
+        offsets=np.array([0, n]),
+        atomic_numbers=frame.numbers.astype("u1"),
+        positions=frame.positions.astype("f4"),
+        forces=np.full((n, 3), np.nan, "f4"),
+        partial_charges=np.full(n, np.nan, "f4"),
+        energy=np.full(1, np.nan),
+        stress=np.full((1, 3, 3), np.nan, "f4"),
+        cell=np.zeros((1, 3, 3)) if frame.cell is None else frame.cell.reshape(1, 3, 3),
+        pbc=np.array([frame.pbc]),
+        total_charge=np.array([frame.charge], "i2"),
+        temperature=np.array([frame.temperature], "f4"),
+        group=np.zeros(1, "i4"),
+        subset=np.array([subsets.index(frame.subset)], "u1"),
+        split=np.zeros(1, "u1"),
+    )
 
 
 def without_labels(structures: Structures) -> Structures:
@@ -179,44 +193,54 @@ def without_labels(structures: Structures) -> Structures:
     )
 
 
-def read_sdf(path: Path) -> list[Frame]:
-    """Molecules of an SDF file; their group is their SMILES.
+def read_sdf(path: Path, *, add_hydrogens: bool = False) -> list[tuple[Frame, Any]]:
+    """Molecules of an SDF file, with what RDKit made of them; their group is their SMILES.
+
+    Parameters
+    ----------
+    path
+        The file.
+    add_hydrogens
+        Add hydrogens that are not written out, where they belong; other atoms keep their places.
 
     Raises
     ------
     SourceError
         If an entry is not readable, flat, or has hydrogens that are not written out: a molecule
-        without its hydrogens is another one, and where they are cannot be guessed here.
+        without its hydrogens is another one.
     """
     from rdkit import Chem
 
     if not path.stat().st_size:
         raise SourceError(f"{path}: is empty")
-    frames = []
+    found = []
     # by default the supplier removes even the hydrogens that are in the file
     with Chem.SDMolSupplier(str(path), removeHs=False) as supplier:
         for i, molecule in enumerate(supplier):
             if molecule is None:
                 raise SourceError(f"{path}: entry {i} is not a molecule that RDKit can read")
+            if not molecule.GetNumAtoms():
+                raise SourceError(f"{path}: entry {i} has no atoms")
+            if not molecule.GetConformer().Is3D():
+                raise SourceError(f"{path}: entry {i} has no three-dimensional coordinates")
             missing = sum(atom.GetTotalNumHs() for atom in molecule.GetAtoms())
-            if missing:
+            if missing and not add_hydrogens:
                 raise SourceError(
                     f"{path}: entry {i} has {missing} implicit hydrogens; write them out, with "
-                    "coordinates (RDKit: Chem.AddHs(molecule, addCoords=True))"
+                    "coordinates (RDKit: Chem.AddHs(molecule, addCoords=True)), or let them be "
+                    "added"
                 )
-            conformer = molecule.GetConformer()
-            if not conformer.Is3D():
-                raise SourceError(f"{path}: entry {i} has no three-dimensional coordinates")
-            frames.append(
-                Frame(
-                    numbers=np.array([a.GetAtomicNum() for a in molecule.GetAtoms()]),
-                    positions=conformer.GetPositions(),
-                    charge=Chem.GetFormalCharge(molecule),
-                    group=Chem.MolToSmiles(Chem.RemoveHs(molecule)),
-                    subset=path.stem,
-                )
+            if missing:
+                molecule = Chem.AddHs(molecule, addCoords=True)
+            frame = Frame(
+                numbers=np.array([a.GetAtomicNum() for a in molecule.GetAtoms()]),
+                positions=molecule.GetConformer().GetPositions(),
+                charge=Chem.GetFormalCharge(molecule),
+                group=Chem.MolToSmiles(Chem.RemoveHs(molecule)),
+                subset=path.stem,
             )
-    return frames
+            found.append((frame, molecule))
+    return found
 
 
 def read_ase(path: Path, charge: int) -> list[Frame]:
@@ -231,12 +255,10 @@ def read_ase(path: Path, charge: int) -> list[Frame]:
     SourceError
         If ASE cannot read the file, or a frame is not one of atoms.
     """
-    from ase.io import iread
-
     frames = []
     try:
-        for i, atoms in enumerate(iread(path, ":")):
-            frames.append(_frame(atoms, f"{path}: frame {i}", path.stem, charge))
+        for i, atoms in enumerate(iterate_ase(path)):
+            frames.append(frame_of(atoms, f"{path}: frame {i}", path.stem, charge))
     except SourceError:
         raise
     except Exception as error:  # readers of ASE raise whatever their format makes them
@@ -246,8 +268,42 @@ def read_ase(path: Path, charge: int) -> list[Frame]:
     return frames
 
 
-def _frame(atoms: Any, where: str, stem: str, charge: int) -> Frame:
-    info, numbers = atoms.info, atoms.get_atomic_numbers()
+def iterate_ase(path: Path) -> Iterator[Any]:
+    """Atoms of a file that ASE reads, one after the other; of a database with all it has."""
+    if path.suffix.lower() == ".db":
+        from ase.db import connect
+
+        for row in connect(path, type="db").select():
+            yield row.toatoms(add_additional_information=True)
+        return
+    from ase.io import iread
+
+    yield from iread(path, ":")
+
+
+def frame_of(atoms: Any, where: str, stem: str, charge: int) -> Frame:
+    """A frame from ASE's atoms; names in `atoms.info` are those of `read_ase`.
+
+    Parameters
+    ----------
+    atoms
+        `ase.Atoms`.
+    where
+        File and place, for messages.
+    stem
+        Subset of frames that name none.
+    charge
+        Total charge [e] of frames that do not say it.
+
+    Raises
+    ------
+    SourceError
+        If it has no atoms, an unknown element, positions that are not finite, or a total charge
+        that is not whole.
+    """
+    # rows of ASE databases have what else is known under these two names
+    info = atoms.info | atoms.info.get("key_value_pairs", {}) | atoms.info.get("data", {})
+    numbers = atoms.get_atomic_numbers()
     if not len(numbers):
         raise SourceError(f"{where} has no atoms")
     if numbers.min() < 1 or not np.isfinite(atoms.positions).all():

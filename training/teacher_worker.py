@@ -7,6 +7,7 @@ without pickles. The first request holds the teacher's name and its options as J
 one is a `Batch`, and its answer `Labels`, or an error, after which the process ends.
 """
 
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -195,6 +196,11 @@ class AseTeacher:
             return f"total charge {charge}, of which the calculator is not told (no charge_key)"
         return ""
 
+    def tell(self, atoms: Any, charge: int) -> None:
+        """Write the total charge [e] where the calculator looks for it."""
+        if self._charge_key is not None:
+            atoms.info[self._charge_key] = charge
+
     def calculator(self, charge: int) -> Any:
         """Calculator for a structure of this total charge [e]."""
         return self._calculator
@@ -220,8 +226,7 @@ class AseTeacher:
         atoms = Atoms(
             numbers=one.atomic_numbers, positions=one.positions, cell=one.cell[0], pbc=one.pbc[0]
         )
-        if self._charge_key is not None:
-            atoms.info[self._charge_key] = charge
+        self.tell(atoms, charge)
         calculator = self.calculator(charge)
         if hasattr(calculator, "reset"):
             calculator.reset()
@@ -263,6 +268,106 @@ class Gfn2Teacher(AseTeacher):
         return self._make(charge=charge, **self._options)
 
 
+class FennixTeacher(AseTeacher):
+    """A model file of FeNNol, such as FeNNix.
+
+    Parameters
+    ----------
+    model
+        The file, in FeNNol's own format; pickles, which could run any code, are refused.
+    dtype
+        ``'float64'`` or ``'float32'``, which has 0.5 meV left of an energy of 4000 eV.
+    device
+        ``'cpu'`` or ``'gpu'``.
+
+    Raises
+    ------
+    ValueError
+        If there is no such file, or it is a pickle.
+    """
+
+    def __init__(self, model: str, *, dtype: str = "float64", device: str = "cpu") -> None:
+        path = Path(model).expanduser()
+        if path.suffix in (".pkl", ".pickle"):
+            raise ValueError(f"{path}: is a pickle, which could run any code; save it as .fnx")
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such model file of FeNNol")
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be float32 or float64, got {dtype!r}")
+        os.environ.setdefault("JAX_PLATFORMS", "cpu" if device == "cpu" else "cuda")
+        try:
+            import jax
+            from fennol import FENNIX
+        except ImportError as error:
+            raise ImportError(
+                f"FeNNol is needed ({error}): mlffd teacher install fennix, or pip install "
+                "fennol==2026.6.29 in an environment whose Python is then given as "
+                "--teacher-python"
+            ) from error
+        # before the weights are read, which would lose half of their digits
+        jax.config.update("jax_enable_x64", dtype == "float64")
+        self._dtype, self._digest = dtype, hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        self._model = FENNIX.load(path)
+        self._elements = _elements_of(self._model)
+        self._sees_charge: bool | None = None
+        super().__init__("fennol.ase:FENNIXCalculator", **self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        double = self._dtype == "float64"
+        return {"model": self._model, "use_float64": double, "gpu_preprocessing": False}
+
+    def describe(self) -> str:
+        """File, program and precision."""
+        from importlib.metadata import version
+
+        return (
+            f"FeNNol model with SHA-256 {self._digest} (FeNNol {version('fennol')}), {self._dtype}"
+        )
+
+    def refusal(self, numbers: np.ndarray, pbc: np.ndarray, charge: int) -> str:
+        """Why a structure cannot be labelled, or an empty string."""
+        if pbc.any() and not pbc.all():
+            return "periodic in some directions only"
+        return refusal(numbers, charge, elements=self._elements, closed_shell=True)
+
+    def tell(self, atoms: Any, charge: int) -> None:
+        """The total charge is the sum of the initial ones."""
+        atoms.set_initial_charges([charge] + [0] * (len(atoms) - 1))
+
+    def calculator(self, charge: int) -> Any:
+        """A calculator that knows no other structure: it keeps the atoms of its first."""
+        return self._make(**self._settings())
+
+    def _label_one(self, one: Batch, labels: Labels) -> None:
+        super()._label_one(one, labels)
+        charge = int(one.total_charge[0])
+        if charge and self._sees_charge is None:
+            neutral = unknown_labels(one)
+            super()._label_one(one._replace(total_charge=np.zeros(1, int)), neutral)
+            self._sees_charge = bool(neutral.energy[0] != labels.energy[0])
+        if charge and not self._sees_charge:
+            raise ValueError(f"total charge {charge}, on which this model does not depend")
+
+
+def _elements_of(model: Any) -> frozenset[int] | None:
+    """Atomic numbers of the species that a FeNNol model lists; None if it lists none."""
+    from ase.data import atomic_numbers
+
+    found: list[set[int]] = []
+
+    def visit(settings: Any) -> None:
+        if not hasattr(settings, "items"):
+            return
+        for key, value in settings.items():
+            if key == "species_order":
+                names = value.split(",") if isinstance(value, str) else value
+                found.append({atomic_numbers[str(n).strip()] for n in names})
+            visit(value)
+
+    visit(model._input_args)
+    return frozenset(set.intersection(*found)) if found else None
+
+
 def load(name: str, options: dict[str, Any]) -> Any:
     """Teacher of a name.
 
@@ -275,11 +380,15 @@ def load(name: str, options: dict[str, Any]) -> Any:
         return _sibling("so3lr").So3lr(self_term=name == "so3lr", **options)
     if name == "gfn2-xtb":
         return Gfn2Teacher(**options)
+    if name == "fennix":
+        return FennixTeacher(**options)
+    if name.startswith("orb"):
+        return _sibling("orb").Orb(name, **options)
     if name.startswith("ase:"):
         return AseTeacher(name.removeprefix("ase:"), **options)
     raise ValueError(
-        f"no teacher is called {name!r}; there are so3lr, so3lr-stock, gfn2-xtb and "
-        "ase:package.module:factory"
+        f"no teacher is called {name!r}; there are so3lr, so3lr-stock, gfn2-xtb, fennix, orb-NAME "
+        "(such as orb-v2) and ase:package.module:factory"
     )
 
 

@@ -71,7 +71,8 @@ class WorkerTeacher:
     Parameters
     ----------
     name
-        ``so3lr``, ``so3lr-stock``, ``gfn2-xtb`` or ``ase:package.module:factory``.
+        ``so3lr``, ``so3lr-stock``, ``gfn2-xtb``, ``fennix``, a model of orb-models such as
+        ``orb-v2``, or ``ase:package.module:factory``.
     options
         Keyword arguments of the teacher, of types that JSON has.
     python
@@ -100,6 +101,7 @@ class WorkerTeacher:
         self._timeout = timeout
         self._log = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
         self._description = ""
         self.batch_atoms = 0
         self._start()
@@ -111,7 +113,8 @@ class WorkerTeacher:
         self.close()
 
     def close(self) -> None:
-        """End the process."""
+        """End the process; a thread that waits for its answer gets an error."""
+        self._closed = True
         self._stop()
         self._log.close()
 
@@ -148,6 +151,8 @@ class WorkerTeacher:
         return labels
 
     def _start(self) -> None:
+        if self._closed:
+            raise TeacherError(f"teacher {self.name} was closed")
         # several threads slow down small molecules; a user who wants them sets the variable
         environment = {"OMP_NUM_THREADS": "1"} | os.environ
         try:
@@ -192,6 +197,8 @@ class WorkerTeacher:
             timer.cancel()
         if answer is not None and "error" not in answer:
             return answer
+        if self._closed:
+            raise TeacherError(f"teacher {self.name} was closed")
         self._stop(kill=False)
         if answer is not None:
             raise WorkerDied(str(answer["error"]))

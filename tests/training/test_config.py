@@ -5,7 +5,7 @@ import pytest
 import openmm_mlffd.training
 from openmm_mlffd.training.config import ConfigError, TrainConfig, load_config
 
-CONFIGS = sorted((Path(openmm_mlffd.training.__file__).parent / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(openmm_mlffd.training.__file__).parent / "configs").glob("default*.yaml"))
 
 
 @pytest.fixture

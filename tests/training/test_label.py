@@ -1,18 +1,22 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
+import psutil
 import pytest
 from ase import Atoms
 from ase.io import write
 
 from openmm_mlffd import cli
-from openmm_mlffd.training.hdf5 import Dataset, Structures
+from openmm_mlffd.training.hdf5 import Dataset, Structures, take
 from openmm_mlffd.training.label import LabelError, Limits, TeacherChoice, format_summary, label
+from openmm_mlffd.training.parallel import Workers
 from openmm_mlffd.training.sources import open_source
 from openmm_mlffd.training.teachers import TeacherError
 
@@ -66,9 +70,16 @@ def command(source, folder, teacher, *options):
 def run(source, folder, teacher, **settings):
     limits = settings.pop("limits", None)
     shard_size = settings.pop("shard_size", 10)
+    workers = settings.pop("workers", None)
     choice = TeacherChoice(name=teacher, **settings)
     return label(
-        open_source(source), folder, choice, limits=limits, shard_size=shard_size, progress=False
+        open_source(source),
+        folder,
+        choice,
+        limits=limits,
+        shard_size=shard_size,
+        workers=workers,
+        progress=False,
     )
 
 
@@ -77,7 +88,7 @@ def run(source, folder, teacher, **settings):
 
 def test_every_structure_is_labelled_and_keeps_its_place(toy_path, write_frames, tmp_path):
     summary = run(write_frames(), tmp_path / "out", toy_path)
-    assert summary == (tmp_path / "out" / "dataset.h5", 24, [])
+    assert summary == (tmp_path / "out" / "dataset.h5", 24, [], 24)
     found, groups, attributes = contents(summary.dataset)
     source, names = open_source(tmp_path / "frames.xyz").read(0, 24)
     np.testing.assert_array_equal(found.positions, source.positions)
@@ -147,7 +158,7 @@ def test_bad_structures_are_listed_and_the_others_kept(
     np.testing.assert_array_equal(np.diff(found.offsets), np.diff(expected.offsets)[kept])
     # a rerun finds the failures in the manifest, without a teacher
     again = run(tmp_path / "frames.xyz", tmp_path / "bad", toy_path, python="/no/python")
-    assert again == bad
+    assert again == bad._replace(new=0)
 
 
 def test_run_without_any_label_says_so(toy_path, write_frames, tmp_path):
@@ -160,17 +171,95 @@ def test_run_without_any_label_says_so(toy_path, write_frames, tmp_path):
     assert format_summary(summary).startswith("nothing was written: 0 structures labelled")
 
 
+@pytest.mark.parametrize("n", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_teacher_that_crashes_on_every_fiftieth_structure_loses_no_other(
+    toy_path, write_frames, tmp_path, n
+):
+    summary = run(
+        write_frames(n, danger=CRASH, every=50), tmp_path / "out", toy_path, shard_size=40
+    )
+    assert [i for i, _ in summary.failures] == list(range(2, n, 50))
+    assert all("SIGSEGV" in reason for _, reason in summary.failures)
+    assert summary.labelled == n - n // 50
+    found, _, _ = contents(summary.dataset)
+    source, _ = open_source(tmp_path / "frames.xyz").read(0, n)
+    keep = np.array([i for i in range(n) if i % 50 != 2])
+    np.testing.assert_array_equal(found.positions, take(source, keep).positions)
+
+
+# on a cluster
+
+
+def kill_a_worker(folder, killed):
+    """Once there are two shards, end a process of the cluster."""
+    while len(list(folder.glob("shard-*"))) < 2:
+        time.sleep(0.01)
+    for child in psutil.Process().children(recursive=True):
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+            killed.append(child.pid)
+            return
+
+
+def test_worker_of_a_cluster_that_is_killed_loses_nothing(toy_path, write_frames, tmp_path):
+    frames, killed = write_frames(60, danger=NAN, every=20), []
+    expected = run(frames, tmp_path / "here", toy_path, shard_size=5)
+    thread = threading.Thread(target=kill_a_worker, args=(tmp_path / "there", killed), daemon=True)
+    (tmp_path / "there").mkdir()
+    thread.start()
+    summary = run(
+        frames,
+        tmp_path / "there",
+        toy_path,
+        shard_size=5,
+        workers=Workers(cluster="local:2"),
+        options={"pause": 0.02},
+    )
+    thread.join(10)
+    assert len(killed) == 1
+    assert summary.failures == expected.failures
+    ours, theirs = contents(summary.dataset), contents(expected.dataset)
+    assert "pause=0.02" in ours[2].pop("teacher")
+    theirs[2].pop("teacher")
+    assert_same_files(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "message"),
+    [
+        ("local", "the number of workers is missing"),
+        ("local:0", "the number of workers is missing"),
+        ("pbs:3", "no cluster is called 'pbs:3'; write local:4"),
+        ("ssh:", "names no host"),
+    ],
+)
+def test_cluster_that_is_none_is_refused(toy_path, write_frames, tmp_path, cluster, message):
+    with pytest.raises(ValueError, match=message):
+        run(write_frames(4), tmp_path / "out", toy_path, workers=Workers(cluster=cluster))
+
+
+def test_several_teachers_give_the_labels_of_one(toy_path, write_frames, tmp_path):
+    frames = write_frames(40, danger=RAISE, every=10)
+    one = run(frames, tmp_path / "one", toy_path, shard_size=6)
+    two = run(frames, tmp_path / "two", toy_path, shard_size=6, workers=Workers(count=2))
+    assert one.failures == two.failures
+    assert_same_files(contents(one.dataset), contents(two.dataset))
+
+
 # going on
 
 
-def test_run_killed_at_any_moment_goes_on_to_the_same_result(toy_path, write_frames, tmp_path):
-    frames = write_frames(90, danger=CRASH, every=40)
-    options = ("--shard-size", 6, "--teacher-option", "pause=0.01")
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_run_killed_at_any_moment_goes_on_to_the_same_result(
+    toy_path, write_frames, tmp_path, kills
+):
+    frames = write_frames(15 * kills, danger=CRASH, every=40)
+    options = ("--shard-size", 3, "--teacher-option", "pause=0.01")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run(command(frames, whole, toy_path, *options), check=True, capture_output=True)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(kills)
     progress = []
-    for _ in range(8):
+    for _ in range(kills):
         process = subprocess.Popen(
             command(frames, killed, toy_path, *options),
             stdout=subprocess.DEVNULL,
@@ -186,7 +275,7 @@ def test_run_killed_at_any_moment_goes_on_to_the_same_result(toy_path, write_fra
         process.send_signal(signal.SIGKILL)
         process.wait()
         progress.append(len(list(killed.glob("shard-*"))))
-    assert 0 < progress[0] < 15
+    assert 0 < progress[0] < 5 * kills
     subprocess.run(command(frames, killed, toy_path, *options), check=True, capture_output=True)
     assert_same_files(contents(killed / "dataset.h5"), contents(whole / "dataset.h5"))
     ours, theirs = (json.loads((f / "manifest.json").read_text()) for f in (killed, whole))
@@ -274,7 +363,7 @@ def test_teacher_that_changed_its_version_is_refused(toy_path, write_frames, tmp
     manifest["description"] = "an older one"
     (out / "manifest.json").write_text(json.dumps(manifest))
     (out / "shard-00002.h5").unlink()
-    with pytest.raises(LabelError, match="was labelled by 'an older one', the teacher now is"):
+    with pytest.raises(LabelError, match="was labelled by 'an older one', which now is"):
         run(frames, out, toy_path)
 
 
@@ -306,4 +395,5 @@ def test_command_labels_and_says_how_many(toy_path, write_frames, tmp_path, monk
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path / 'out' / 'dataset.h5'}: 10 structures labelled\n2 failed")
     assert "  2 × forces are not finite" in out
+    assert re.search(r"12 structures in .* per second\); largest memory 0\.\d\d GB", out)
     assert "(stiffness=0.5)" in contents(tmp_path / "out" / "dataset.h5")[2]["teacher"]

@@ -1,0 +1,1 @@
+"""Tools for dataset files: checks, statistics, merging, splitting, conversion."""
