@@ -220,9 +220,11 @@ def draw_radial(
 
 def legend_above(axes: Axes) -> None:
     """Put the legend above the axes, in as many columns as there is room for, up to four."""
-    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=1)
-    room = axes.figure.get_figwidth() / len(axes.figure.axes) - 0.7  # inches
-    columns = int(room / (0.08 * longest + 0.35))
+    # inches, of line, blank space and some letters of the font
+    widths = [0.42 + 0.062 * len(label) for label in axes.get_legend_handles_labels()[1]]
+    room = axes.figure.bbox.width / axes.figure.dpi / len(axes.figure.axes) - 0.5
+    in_a_row = len(widths) <= 4 and sum(widths) < room
+    columns = len(widths) if in_a_row else int(room / max(widths))
     axes.legend(
         loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(4, max(1, columns)),
         columnspacing=1.2, handlelength=1.4, borderaxespad=0.2,

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_mlffd.novelty import COVERAGE, Novelty
-from openmm_mlffd.validation.figures import COLORS, GREY, _axes
+from openmm_mlffd.validation.figures import COLORS, GREY, new_canvas
 
 _SMALLEST_ERROR = 1e-3
 _BINS = 24
@@ -33,7 +33,7 @@ def draw_novelty(
         SVG, two panels.
     """
     header = novelty.header
-    with _axes(2, width=4.0, height=3.1) as canvas:
+    with new_canvas(2, width=4.0, height=3.1) as canvas:
         left, right = canvas.axes
         left.hexbin(
             scores, errors.clip(_SMALLEST_ERROR), xscale="log", yscale="log", gridsize=45,

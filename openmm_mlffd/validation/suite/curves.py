@@ -51,6 +51,7 @@ def draw_lines(
             )  # fmt: skip
         if ylim is not None:
             axes.set_ylim(*ylim)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         if len(lines) > 1:

@@ -188,6 +188,7 @@ def draw_molecule(
                 *flat.T, *arrows.T, angles="xy", scale_units="xy", scale=1, color=color,
                 width=width, zorder=3,
             )  # fmt: skip
+            axes.update_datalim(flat + arrows)  # a quiver counts its tails only
         axes.set(aspect="equal", xticks=[], yticks=[])
         axes.margins(0.12)
         for spine in axes.spines.values():

@@ -11,6 +11,7 @@ from openmm_mlffd.validation.suite.likeness import (
 )
 from openmm_mlffd.validation.suite.plan import PEPTIDE, WATER
 from openmm_mlffd.validation.suite.systems import load_system
+from openmm_mlffd.validation.suite.teacher_section import distribution_checks
 
 
 def rattled(system, n, scale, seed):
@@ -97,3 +98,15 @@ def test_the_same_liquid_has_the_same_structure():
         assert alike[pair]["mae"] < 0.1
         assert other[pair]["mae"] > 2 * alike[pair]["mae"]
     assert alike["O–O"]["peak_student"][0] == pytest.approx(2.8, abs=0.15)
+
+
+def test_only_distributions_without_much_noise_are_judged():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(4000, 1))
+    far, alike = values[:2000] + 1.0, values[:2000]
+    found = {}
+    for name, student, n in (("far", far, 2000), ("alike", alike, 2000), ("short", far, 20)):
+        feature = Feature(name, "Å", student[:n], values[2000:][:n])
+        (*checks,) = distribution_checks([feature], {name: feature.numbers()})
+        found[name] = [check.passed for check in checks]
+    assert found == {"far": [False], "alike": [True], "short": []}
