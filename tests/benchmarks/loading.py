@@ -46,9 +46,7 @@ def main():
         checksum += float(batch.energy.sum())
     seconds = time.perf_counter() - start
     assert structures == len(source)
-    print(
-        f"{structures} structures, {atoms} atoms, {batches} batches, sum of energies {checksum:.3f} eV"
-    )
+    print(f"{structures} structures, {atoms} atoms, {batches} batches, energies {checksum:.3f} eV")
     print(
         f"{seconds:.2f} s: {structures / seconds:.0f} structures/s, {atoms / seconds:.0f} atoms/s; "
         f"largest memory {peak_memory():.2f} GB, {before:.2f} before"
