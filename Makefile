@@ -2,12 +2,16 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
+REPORT ?= validation_output
+VALIDATE ?=
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help demo test test-slow defects lint format typecheck build clean
+.PHONY: help demo validate report test test-slow defects lint format typecheck build clean
 
 help:
 	@echo "make demo       three simulations with the bundled student, and a report (5 minutes)"
+	@echo "make validate   is the bundled student fit for dynamics? The short form (minutes); VALIDATE=... adds options"
+	@echo "make report     puts the finished validation in the folder REPORT into docs/reports"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make defects    injects nine defects and counts how many the tests catch"
@@ -25,6 +29,14 @@ $(INSTALLED): pyproject.toml setup.cfg constraints.txt
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/01_demo.py --output demo_output
+
+validate: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/mlffd validate default -o $(REPORT) $(VALIDATE)
+
+report:
+	mkdir -p docs/reports
+	cp $(REPORT)/report.html docs/reports/default.html
+	cp $(REPORT)/model_card.md docs/reports/default.md
 
 # one thread a process: two of them share the cores
 test: $(INSTALLED)
@@ -54,4 +66,4 @@ build: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation
 
 clean:
-	rm -rf $(VENV) build dist demo_output *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo_output validation_output *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from openmm_mlffd.kernels import splines
+
 
 def neighbor_list(
     positions: Tensor, system: Tensor, cell: Tensor, pbc: Tensor, *, cutoff: float
@@ -96,7 +98,8 @@ def _bounding_boxes(
 ) -> tuple[Tensor, Tensor]:
     """A box with volume for each system: its cell, or around its atoms where not periodic."""
     box = cell.to(positions.dtype).clone()
-    for s in (~pbc.all(1)).nonzero()[:, 0].tolist():
+    box = torch.where(pbc.any(1)[:, None, None], box, torch.eye(3).to(box))
+    for s in (pbc.any(1) & ~pbc.all(1)).nonzero()[:, 0].tolist():
         box[s] = _complete(box[s], pbc[s])
     volume = torch.linalg.det(box).abs()
     if not bool((volume > 1e-6).all()):
@@ -120,8 +123,6 @@ def _bounding_boxes(
 
 def _complete(box: Tensor, pbc: Tensor) -> Tensor:
     """Replace the vectors of directions that are not periodic by perpendicular unit vectors."""
-    if not bool(pbc.any()):
-        return torch.eye(3, dtype=box.dtype, device=box.device)
     box = torch.where(pbc[:, None], box, 0.0)
     if int(pbc.sum()) == 2:
         k = int((~pbc).nonzero()[0, 0])
@@ -191,6 +192,7 @@ def message_sum(
     filters: Tensor,
     directions: Tensor,
     edge_index: Tensor,
+    n_atoms: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Filter the senders' features along each edge and sum them on the receivers.
 
@@ -213,6 +215,8 @@ def message_sum(
         Unit vectors from receiver to sender, shape ``(n_edges, 3)``.
     edge_index
         Receiver and sender of each edge, shape ``(2, n_edges)``, int64.
+    n_atoms
+        Number of receivers; by default, as many as senders.
 
     Returns
     -------
@@ -221,16 +225,113 @@ def message_sum(
     vectors
         Sums over the neighbors, shape ``(n_atoms, 3, n_channels)``.
     """
-    n_atoms, n_channels = scalars.shape[0], scalars.shape[1] // 2
+    n_channels = scalars.shape[1] // 2
+    if n_atoms < 0:
+        n_atoms = scalars.shape[0]
     receiver, sender = edge_index[0], edge_index[1]
     gathered = scalars.index_select(0, sender) * filters[:, : 2 * n_channels]  # (E, 2C)
     x, y = gathered.split(n_channels, dim=1)
     message = y.unsqueeze(1) * directions.unsqueeze(2)  # (E, 3, C)
     if vectors is not None:
-        b = filters[:, 2 * n_channels :].unsqueeze(1)
+        b = filters[:, 2 * n_channels :].unsqueeze(1).to(message.dtype)
         message = torch.addcmul(message, b, vectors.index_select(0, sender))
-    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=x.dtype, device=x.device)
+    # features of lower precision are summed in that of the directions
+    zeros = torch.zeros([n_atoms, 4, n_channels], dtype=message.dtype, device=x.device)
     return (
-        zeros[:, 0].index_add(0, receiver, x),
+        zeros[:, 0].index_add(0, receiver, x.to(message.dtype)),
         zeros[:, 1:].index_add(0, receiver, message),
     )
+
+
+def message(
+    features: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    geometry: Tensor,
+    neighbors: Tensor,
+    counts: Tensor,
+    degree: int,
+) -> Tensor:
+    """Filter the neighbors' features by tabulated filters and sum them on each atom.
+
+    `message_sum` with the filters (a, c, b) from a spline, on rows of neighbors.
+
+    Parameters
+    ----------
+    features
+        Of each atom (x, y, m), shape ``(n_rows, 5, n_channels)``; (x, y), shape
+        ``(n_rows, 2, n_channels)``, for the first block.
+    rows
+        Row of ``features`` of each atom, shape ``(n_atoms,)``, int32; the first block's, others
+        have each atom's own.
+    table
+        Coefficients of the filters' spline, shape ``(n_intervals + degree, 2 or 3, n_channels)``.
+    geometry
+        Unit vector from the atom to the neighbor and distance in intervals of the table, negative
+        beyond the cutoff, shape ``(n_atoms, capacity, 4)``.
+    neighbors
+        Shape ``(n_atoms, capacity)``, int32.
+    counts
+        Number of neighbors, shape ``(n_atoms,)``, int32.
+    degree
+        Of the spline, odd.
+
+    Returns
+    -------
+    Tensor
+        Sums of scalars and vectors, shape ``(n_atoms, 4, n_channels)``.
+    """
+    first = features.shape[1] == 2
+    receiver, slot, sender = _used_slots(geometry, neighbors, counts)
+    edges = geometry[receiver, slot]  # (E, 4)
+    filters = splines.evaluate(table.flatten(1), edges[:, 3], degree)  # (E, 3C)
+    gathered = features[rows[sender].long() if first else sender]
+    index = torch.stack([receiver, torch.arange(receiver.shape[0], device=counts.device)])
+    scalars, vectors = message_sum(
+        gathered[:, :2].flatten(1),
+        None if first else gathered[:, 2:],
+        filters,
+        edges[:, :3],
+        index,
+        n_atoms=neighbors.shape[0],
+    )
+    return torch.cat([scalars.unsqueeze(1), vectors], dim=1)
+
+
+def message_table_gradient(
+    gradient: Tensor,
+    features: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    geometry: Tensor,
+    neighbors: Tensor,
+    counts: Tensor,
+    degree: int,
+) -> Tensor:
+    """Gradient of Σ gradient · `message` by the table, with the shape of the table."""
+    first = features.shape[1] == 2
+    receiver, slot, sender = _used_slots(geometry, neighbors, counts)
+    edges = geometry[receiver, slot]  # (E, 4)
+    sent = features[rows[sender].long() if first else sender].to(geometry.dtype)
+    received = gradient[receiver].to(geometry.dtype)  # (E, 4, C)
+    along = torch.einsum("ek,ekc->ec", edges[:, :3], received[:, 1:])
+    parts = [sent[:, 0] * received[:, 0], sent[:, 1] * along]
+    if not first:
+        parts.append((sent[:, 2:] * received[:, 1:]).sum(1))
+    by_filter = torch.stack(parts, dim=1)  # (E, 2 or 3, C)
+    knot = edges[:, 3].long().clamp(0, table.shape[0] - degree - 1)
+    weights = splines.basis_splines(edges[:, 3] - knot, degree)  # (E, degree + 1)
+    by_table = torch.zeros_like(table, dtype=geometry.dtype)
+    for q in range(degree + 1):
+        by_table.index_add_(0, knot + q, weights[:, q, None, None] * by_filter)
+    return by_table.to(table.dtype)
+
+
+def _used_slots(
+    geometry: Tensor, neighbors: Tensor, counts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Receiver, slot and sender of each edge within the cutoff."""
+    slots = torch.arange(neighbors.shape[1], device=counts.device)
+    used = (slots < counts[:, None]) & (geometry[:, :, 3] >= 0)
+    receiver, slot = used.nonzero(as_tuple=True)
+    return receiver, slot, neighbors[receiver, slot].long()

@@ -15,19 +15,56 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from openmm_mlffd.interfaces.ase_calculator import MLFFDCalculator as MLFFDCalculator
+    from openmm_mlffd.interfaces.openmm_alarm import ExtrapolationError as ExtrapolationError
+    from openmm_mlffd.interfaces.openmm_alarm import NoveltyProbe as NoveltyProbe
+    from openmm_mlffd.interfaces.openmm_alarm import NoveltyReporter as NoveltyReporter
+    from openmm_mlffd.interfaces.openmm_mts import respa_integrator as respa_integrator
+    from openmm_mlffd.interfaces.openmm_mts import respa_system as respa_system
+    from openmm_mlffd.interfaces.openmm_prepare import prepare as prepare
+    from openmm_mlffd.interfaces.openmm_pressure import Barometer as Barometer
+    from openmm_mlffd.interfaces.openmm_pressure import pressure as pressure
+    from openmm_mlffd.interfaces.openmm_stored import load_system as load_system
+    from openmm_mlffd.interfaces.openmm_stored import save_system as save_system
     from openmm_mlffd.modelfile import load_student as load_student
     from openmm_mlffd.modelfile import save_student as save_student
     from openmm_mlffd.painn import PaiNN as PaiNN
     from openmm_mlffd.potential import Potential as Potential
 
 _LAZY = {
+    "Barometer": "openmm_mlffd.interfaces.openmm_pressure",
+    "ExtrapolationError": "openmm_mlffd.interfaces.openmm_alarm",
     "MLFFDCalculator": "openmm_mlffd.interfaces.ase_calculator",
-    "load_student": "openmm_mlffd.modelfile",
-    "save_student": "openmm_mlffd.modelfile",
+    "NoveltyProbe": "openmm_mlffd.interfaces.openmm_alarm",
+    "NoveltyReporter": "openmm_mlffd.interfaces.openmm_alarm",
     "PaiNN": "openmm_mlffd.painn",
     "Potential": "openmm_mlffd.potential",
+    "load_student": "openmm_mlffd.modelfile",
+    "load_system": "openmm_mlffd.interfaces.openmm_stored",
+    "prepare": "openmm_mlffd.interfaces.openmm_prepare",
+    "pressure": "openmm_mlffd.interfaces.openmm_pressure",
+    "respa_integrator": "openmm_mlffd.interfaces.openmm_mts",
+    "respa_system": "openmm_mlffd.interfaces.openmm_mts",
+    "save_student": "openmm_mlffd.modelfile",
+    "save_system": "openmm_mlffd.interfaces.openmm_stored",
 }
-__all__ = ["MLFFDCalculator", "PaiNN", "Potential", "__version__", "load_student", "save_student"]
+__all__ = [
+    "Barometer",
+    "ExtrapolationError",
+    "MLFFDCalculator",
+    "NoveltyProbe",
+    "NoveltyReporter",
+    "PaiNN",
+    "Potential",
+    "__version__",
+    "load_student",
+    "load_system",
+    "prepare",
+    "pressure",
+    "respa_integrator",
+    "respa_system",
+    "save_student",
+    "save_system",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -302,19 +302,36 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings as key=value, e.g. epochs=3.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure the speed of each way to train instead.")
+    ] = False,
+    profile_json: Annotated[
+        Path | None, typer.Option(help="With --profile: also write the numbers.")
+    ] = None,
 ) -> None:
-    """Train a student; goes on from the checkpoint if there is one."""
+    """Train a student; goes on from the checkpoint if there is one.
+
+    Started by torchrun, all its processes train together.
+    """
     from openmm_mlffd.training.config import load_config
     from openmm_mlffd.training.train import Trainer, TrainingError
 
-    trainer = Trainer(load_config(config, overrides or []))
+    settings = load_config(config, overrides or [])
+    if profile or profile_json is not None:
+        from openmm_mlffd.training.profile import profile_training
+
+        profile_training(settings, output=profile_json, echo=typer.echo)
+        return
+    trainer = Trainer(settings)
     try:
         path = trainer.run()
     except TrainingError as error:
         typer.echo(f"mlffd: {error}", err=True)
         raise typer.Exit(1) from error
-    done = "finished" if trainer.finished else "stopped; the same command goes on"
-    typer.echo(f"{done}: {path}")
+    if trainer.processes.is_first:
+        done = "finished" if trainer.finished else "stopped; the same command goes on"
+        typer.echo(f"{done}: {path}")
+    trainer.processes.close()
 
 
 @app.command()
@@ -393,6 +410,221 @@ def nve(
     )
     if not passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(help="Bundled name or path of a student.")] = None,
+    sections: Annotated[
+        str, typer.Option(help="What is measured: agreement, speed, drift, profile.")
+    ] = "agreement,speed,drift",
+    sizes: Annotated[str, typer.Option(help="Numbers of atoms.")] = "50,1000,5000,25000,100000",
+    engines: Annotated[str, typer.Option(help="Engines: python, eager.")] = "python,eager",
+    precisions: Annotated[str, typer.Option(help="Precisions that are timed.")] = "single,mixed",
+    device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json.")] = Path(
+        "bench"
+    ),
+) -> None:
+    """How fast the student is here, and how far its precisions are from float64."""
+    from openmm_mlffd.bench.run import run_bench_command
+
+    if not run_bench_command(
+        model, sections=sections, sizes=sizes, engines=engines, precisions=precisions,
+        device=device, output=output, echo=typer.echo,
+    ):  # fmt: skip
+        raise typer.Exit(1)
+
+
+@app.command()
+def novelty(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    files: Annotated[list[Path], typer.Argument(help="Dataset files that it was trained on.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; beside the student.")
+    ] = None,
+    structures: Annotated[int, typer.Option(help="Training structures; 0 for all.")] = 6000,
+    figure: Annotated[Path | None, typer.Option(help="Also draw novelty and errors, SVG.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 … or auto.")] = "auto",
+) -> None:
+    """Fit the statistics of the extrapolation alarm, and print what they are worth."""
+    from openmm_mlffd.novelty import novelty_path
+    from openmm_mlffd.training.novelty import fit_novelty, format_fit
+    from openmm_mlffd.training.train import pick_device
+
+    path = novelty_path(model) if output is None else output
+    where = pick_device(device)
+    fit = fit_novelty(model, files, path, max_structures=structures or None, device=where)
+    typer.echo(f"{path}\n{format_fit(fit)}")
+    if figure is not None:
+        from openmm_mlffd.validation.novelty_figure import draw_novelty
+
+        figure.write_text(draw_novelty(fit.novelty, fit.scores, fit.errors))
+
+
+@app.command()
+def prepare(
+    structure: Annotated[Path, typer.Argument(help="PDB, CIF or SDF file, with hydrogens.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="PDB file to write.")],
+    model: Annotated[str | None, typer.Option(help="Bundled name or path of a student.")] = None,
+    temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    pressure: Annotated[
+        float | None, typer.Option(help="Pressure [bar]; constant volume without it.")
+    ] = None,
+    picoseconds: Annotated[float, typer.Option(help="Length of the equilibration [ps].")] = 2.0,
+    hydrogen_mass: Annotated[
+        float | None, typer.Option(help="Mass of hydrogens [amu]; 3 allows steps of 1 fs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of velocities and noise.")] = 1,
+) -> None:
+    """Minimise, heat and equilibrate a structure, however bad its start."""
+    from openmm_mlffd.interfaces.openmm_prepare import PreparationError
+    from openmm_mlffd.validation.prepare_command import run_prepare_command
+
+    try:
+        run_prepare_command(
+            structure,
+            output,
+            model=model,
+            temperature=temperature,
+            pressure=pressure,
+            picoseconds=picoseconds,
+            hydrogen_mass=hydrogen_mass,
+            seed=seed,
+            echo=typer.echo,
+        )
+    except PreparationError as error:
+        typer.echo(f"mlffd: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def mts(
+    structure: Annotated[Path, typer.Argument(help="PDB, CIF or SDF file, with hydrogens.")],
+    teacher: Annotated[
+        str, typer.Option(help="ase:package.module:factory, or the name or path of a student.")
+    ],
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Keyword of the factory as key=value, repeatable.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Bundled name or path of a student.")] = None,
+    inner: Annotated[float, typer.Option(help="Time step of the student [fs].")] = 0.5,
+    outer: Annotated[
+        list[int] | None,
+        typer.Option(help="Inner steps for each of the teacher's, repeatable; 2, 4 by default."),
+    ] = None,
+    picoseconds: Annotated[float, typer.Option(help="Length of each run [ps].")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
+    precision: Annotated[str, typer.Option(help="Of the student: single or double.")] = "single",
+    seed: Annotated[int, typer.Option(help="Seed of the start.")] = 1,
+) -> None:
+    """Multiple time steps against the teacher alone: energies, drift and wall time."""
+    from openmm_mlffd.training.teachers import parse_options
+    from openmm_mlffd.validation.mts import open_teacher, run_mts_command
+
+    run_mts_command(
+        structure,
+        open_teacher(teacher, parse_options(teacher_option or [])),
+        model=model,
+        inner=inner,
+        outer=outer or [2, 4],
+        picoseconds=picoseconds,
+        temperature=temperature,
+        precision=precision,
+        seed=seed,
+        echo=typer.echo,
+    )
+
+
+@app.command()
+def validate(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")],
+    level: Annotated[
+        str, typer.Option(help="smoke (a CPU, minutes), full (a GPU) or tiny (a test).")
+    ] = "smoke",
+    smoke: Annotated[bool, typer.Option("--smoke", help="The same as --level smoke.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="The same as --level full.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Dataset file with labels.")] = None,
+    split: Annotated[str, typer.Option(help="train, val, test or all of it.")] = "test",
+    training: Annotated[
+        Path | None, typer.Option(help="Dataset file trained on, if not --data's own split.")
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="As for `mlffd label`: so3lr, ase:package.module:factory …")
+    ] = None,
+    teacher_python: Annotated[
+        str | None, typer.Option(help="Python that has the teacher; this one by default.")
+    ] = None,
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
+    ] = None,
+    sections: Annotated[
+        str | None,
+        typer.Option(help="Only these, by commas: forces,nve,ensembles,teacher,robustness,speed."),
+    ] = None,
+    pieces: Annotated[
+        Path | None, typer.Option(help="Folder of finished pieces; OUTPUT/pieces by default.")
+    ] = None,
+    speed: Annotated[Path | None, typer.Option(help="JSON of a speed measurement.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so long; the same command goes on.")
+    ] = None,
+    run_minutes: Annotated[
+        float | None, typer.Option(help="End each simulation after so long, however short it is.")
+    ] = None,
+    measure_only: Annotated[
+        bool, typer.Option("--measure-only", help="No report: for machines without its packages.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="With --measure-only: tasks whose names hold this text, repeatable."),
+    ] = None,
+) -> None:
+    """Is a student fit for dynamics? Exit code 0: passed, 1: failed, 3: not finished."""
+    from openmm_mlffd.validation.suite.command import run_validate_command
+
+    if smoke and full:
+        raise typer.BadParameter("--smoke and --full exclude one another")
+    finished, passed = run_validate_command(
+        model,
+        output,
+        level="full" if full else "smoke" if smoke else level,
+        data=data,
+        split=split,
+        training=training,
+        teacher=teacher,
+        teacher_python=teacher_python,
+        teacher_options=teacher_option or [],
+        sections=None if sections is None else [s.strip() for s in sections.split(",")],
+        pieces=pieces,
+        speed=speed,
+        device=device,
+        max_minutes=max_minutes,
+        run_minutes=run_minutes,
+        measure_only=measure_only,
+        only=only or [],
+        echo=typer.echo,
+    )
+    if not (finished and passed):
+        raise typer.Exit(1 if finished else 3)
+
+
+@app.command()
+def compare(
+    reports: Annotated[list[Path], typer.Argument(help="Folders of `mlffd validate`.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="HTML to write.")] = None,
+) -> None:
+    """Validated students side by side."""
+    from openmm_mlffd.validation.suite.compare import compare as run
+    from openmm_mlffd.validation.suite.compare import format_text
+
+    report = run(reports)
+    for line in format_text(report):
+        typer.echo(line)
+    if output is not None:
+        typer.echo(f"\n{report.write(output)}")
 
 
 def main() -> None:

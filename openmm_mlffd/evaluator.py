@@ -149,8 +149,17 @@ class Evaluator:
         with torch.inference_mode(False):
             self._species = potential.species(torch.tensor(self.numbers)).to(self.device)
 
+    def with_numbers(self, numbers: Sequence[int] | NDArray[np.integer[Any]]) -> "Evaluator":
+        """Make an evaluator of other atoms with the same student."""
+        return Evaluator(self.potential, numbers, skin=self.neighbors.skin)
+
     def predict(
-        self, positions: ArrayLike, cell: ArrayLike | None = None, pbc: ArrayLike | None = None
+        self,
+        positions: ArrayLike,
+        cell: ArrayLike | None = None,
+        pbc: ArrayLike | None = None,
+        *,
+        virial: bool = True,
     ) -> Prediction:
         """Energies, forces and virial as tensors on the student's device.
 
@@ -163,6 +172,8 @@ class Evaluator:
         pbc
             Which box vectors are periodic, shape ``(3,)``; None means all where a cell is given
             and none otherwise.
+        virial
+            Whether the virial is wanted; evaluators may leave it zero if not.
 
         Returns
         -------

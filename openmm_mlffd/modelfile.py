@@ -19,6 +19,7 @@ import openmm_mlffd
 from openmm_mlffd.elements import atomic_number, symbol
 from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.potential import Potential
+from openmm_mlffd.variants import FILTERS, VariantPaiNN
 
 FORMAT = "mlffd-student"
 VERSION = 1
@@ -26,6 +27,7 @@ UNITS = {"length": "Å", "energy": "eV"}
 PRECISIONS = {"single": torch.float32, "double": torch.float64}
 DEFAULT = "default"
 _KEY = "mlffd"
+_CHOICES = ("filters", "pair_filters", "charges", "tail", "message_cutoff")
 _LIMITS = {"n_channels": 4096, "n_interactions": 32, "n_basis": 512}
 _FIRST_SOFTENING = 1e-4  # of the files that do not say what theirs is
 
@@ -42,7 +44,8 @@ class StudentHeader:
     """Name of the student."""
 
     architecture: dict[str, Any]
-    """`kind` ("painn"), `n_channels`, `n_interactions`, `n_basis`, `norm_softening`."""
+    """`kind` ("painn"), `n_channels`, `n_interactions`, `n_basis`, `norm_softening`; of
+    "painn-variant" also `filters`, `pair_filters`, `charges`, `tail`, `message_cutoff`."""
 
     elements: list[str]
     """Chemical symbols, in the order of the species index."""
@@ -51,7 +54,7 @@ class StudentHeader:
     """Reference energy of each element [eV], kept as decimal text of float64."""
 
     cutoff: float
-    """Neighbor cutoff [Å]."""
+    """Neighbor cutoff [Å]; with a tail, its reach."""
 
     energy_scale: float = 1.0
     """Energy [eV] of the network's unit."""
@@ -136,13 +139,15 @@ def make_potential(header: StudentHeader) -> Potential:
     sizes = dict(header.architecture)
     kind = sizes.pop("kind", None)
     softening = sizes.pop("norm_softening", _FIRST_SOFTENING)
-    if kind != "painn" or set(sizes) != set(_LIMITS):
+    known = {"painn": set(_LIMITS), "painn-variant": set(_LIMITS) | set(_CHOICES)}
+    if kind not in known or set(sizes) != known[kind]:
         raise ModelFileError(
             f"{header.name}: architecture {header.architecture} is not known to openmm-mlffd "
             f"{openmm_mlffd.__version__}; it knows kind 'painn' with {', '.join(_LIMITS)}, "
-            "norm_softening"
+            f"norm_softening, and 'painn-variant' with {', '.join(_CHOICES)} besides"
         )
-    for key, value in sizes.items():
+    for key in _LIMITS:
+        value = sizes[key]
         if not isinstance(value, int) or not 0 < value <= _LIMITS[key]:
             raise ModelFileError(
                 f"{header.name}: {key} must be a whole number from 1 to {_LIMITS[key]}, "
@@ -171,7 +176,11 @@ def make_potential(header: StudentHeader) -> Potential:
     numbers = [_known_number(name, header) for name in header.elements]
     if len(set(numbers)) != len(numbers):
         raise ModelFileError(f"{header.name}: an element is listed twice: {header.elements}")
-    network = PaiNN(len(numbers), cutoff=header.cutoff, norm_softening=softening, **sizes)
+    network: PaiNN | VariantPaiNN
+    if kind == "painn":
+        network = PaiNN(len(numbers), cutoff=header.cutoff, norm_softening=softening, **sizes)
+    else:
+        network = _make_variant(header, sizes, numbers, softening)
     return Potential(
         network,
         numbers,
@@ -179,6 +188,41 @@ def make_potential(header: StudentHeader) -> Potential:
         references=header.references,
         energy_scale=header.energy_scale,
         energy_bound=header.energy_bound,
+    )
+
+
+def _make_variant(
+    header: StudentHeader, settings: dict[str, Any], numbers: list[int], softening: float
+) -> VariantPaiNN:
+    cutoff, tail = settings.pop("message_cutoff"), settings.pop("tail")
+    if settings["filters"] not in FILTERS:
+        raise ModelFileError(
+            f"{header.name}: filters must be one of {', '.join(FILTERS)}, "
+            f"got {settings['filters']!r}"
+        )
+    flags = {k: settings[k] for k in ("pair_filters", "charges")} | {"tail": tail}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise ModelFileError(f"{header.name}: {key} must be true or false, got {value!r}")
+    if tail and not settings["charges"]:
+        raise ModelFileError(f"{header.name}: a tail needs charges")
+    if not isinstance(cutoff, int | float) or not 0.5 <= cutoff <= header.cutoff:
+        raise ModelFileError(
+            f"{header.name}: message_cutoff must be between 0.5 Å and the neighbor cutoff of "
+            f"{header.cutoff} Å, got {cutoff!r}"
+        )
+    if not tail and cutoff != header.cutoff:
+        raise ModelFileError(
+            f"{header.name}: without a tail the neighbor cutoff must be the message_cutoff of "
+            f"{cutoff} Å, got {header.cutoff}"
+        )
+    return VariantPaiNN(
+        numbers,
+        cutoff=cutoff,
+        tail_cutoff=header.cutoff if tail else None,
+        energy_scale=header.energy_scale,
+        norm_softening=softening,
+        **settings,
     )
 
 

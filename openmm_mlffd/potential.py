@@ -10,6 +10,7 @@ from openmm_mlffd.graph import Graph
 from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.radial import softened_distances
 from openmm_mlffd.repulsion import ZBL
+from openmm_mlffd.variants import VariantPaiNN
 
 CORE = 0.75
 """The network sees distances below this share of the sum of the covalent radii compressed.
@@ -89,7 +90,7 @@ class Potential(nn.Module):
 
     def __init__(
         self,
-        network: PaiNN,
+        network: PaiNN | VariantPaiNN,
         numbers: list[int],
         cutoff: float,
         *,

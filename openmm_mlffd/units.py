@@ -41,3 +41,11 @@ BAR_PER_EV_PER_CUBIC_ANGSTROM: Final = ELEMENTARY_CHARGE * 1e30 / 1e5
 
 FEMTOSECONDS_PER_TIME_UNIT: Final = (1e-3 / AVOGADRO / ELEMENTARY_CHARGE) ** 0.5 * 1e5
 """The time unit that goes with Å, eV and amu, Å·sqrt(amu/eV) [fs]."""
+
+SPEED_OF_LIGHT: Final = 299792458.0
+"""Speed of light [m/s], exact."""
+
+WAVENUMBER: Final = (
+    1e15 / FEMTOSECONDS_PER_TIME_UNIT / (2 * 3.141592653589793 * SPEED_OF_LIGHT * 100)
+)
+"""Wavenumber of an angular frequency of 1 per time unit, sqrt(eV/amu)/Å [1/cm]."""

@@ -21,17 +21,23 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "process": ("memory", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "graph neighbors painn potential radial repulsion",
+        "fast filters graph neighbors painn potential radial repulsion rows tail variants",
         "facts kernels physics",
         "torch numpy",
     ),
     "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
-    "adapter": ("evaluator", "facts physics files", "torch numpy"),
+    "adapter": (
+        "engine engines evaluator novelty",
+        "facts kernels physics files adapter package",
+        "torch numpy safetensors",
+    ),
     "factory": ("interfaces.openmm_factory", "openmm", ""),
+    # the self-test compares the adapter's answer with that of the physics below it
+    "self-test": ("interfaces.openmm_selftest", "physics adapter", "torch numpy"),
     "openmm": (
         "interfaces.openmm_*",
-        "facts files adapter openmm",
-        "numpy openmm openmmml",
+        "facts files adapter openmm self-test",
+        "numpy openmm openmmml ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     # of processes of their own: teachers run where nothing of this project is installed
@@ -55,29 +61,49 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "training": (
         "training training.*",
         "facts physics files adapter training sources teachers",
-        "torch numpy h5py omegaconf yaml tqdm distributed dask_jobqueue",
+        "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib "
+        "distributed dask_jobqueue",
+    ),
+    "suite": (
+        "validation.suite validation.suite.*",
+        "package facts physics files adapter training sources teachers validation suite",
+        "numpy torch openmm openmmml mdtraj matplotlib jinja2 rdkit ase tqdm physical_validation",
     ),
     "validation": (
         "validation validation.*",
-        "facts files adapter validation",
+        "facts files adapter openmm validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
+    "bench": (
+        "bench bench.*",
+        "facts physics files adapter factory openmm bench package",
+        "torch numpy openmm openmmml matplotlib",
+    ),
     "empty": ("interfaces students", "", ""),
-    "package": ("", "physics files ase", ""),  # only lazily: tests/test_import.py
+    "package": ("", "physics files ase openmm", ""),  # only lazily: tests/test_import.py
     "cli": (
         "cli",
-        "package process facts files adapter training sources generation datasets validation",
+        "package process facts files adapter openmm training sources generation datasets "
+        "validation suite bench",
         "typer",
     ),
 }
 
+_OPENMM = (
+    "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
+    "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare "
+    "interfaces.openmm_untangle validation.*"
+)
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
-    "openmm": "interfaces.openmm_potential validation.* training.generation.*",
-    "openmmml": "interfaces.openmm_potential validation.*",
+    "openmm": f"{_OPENMM} bench.* training.generation.*",
+    "openmmml": (
+        "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.* "
+        "bench.*"
+    ),
     "ase": (
-        "interfaces.ase_calculator validation.* training.sources training.teacher_worker "
-        "training.orb training.datasets.convert"
+        "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
+        "training.teacher_worker training.orb training.datasets.convert"
     ),
     "rdkit": "validation.* training.sources training.generation.* training.datasets.chemistry",
     "orb_models": "training.orb",
@@ -85,10 +111,15 @@ ONLY_IN = {
     "distributed": "training.parallel",
     "so3krates_torch": "training.so3lr",
     "matscipy": "training.so3lr",
-    "h5py": "training.hdf5 training.starter training.datasets.spice",
+    "h5py": (
+        "training.hdf5 training.hessian training.pack training.starter training.datasets.spice"
+    ),
     "omegaconf": "training.config",
     "mdtraj": "validation.*",
-    "matplotlib": "validation.* training.datasets.page",
+    "matplotlib": "validation.* bench.* training.plots training.datasets.page",
+    "optuna": "training.tune",
+    "wandb": "training.boards",
+    "physical_validation": "validation.suite.ensembles",
     "typer": "cli",
 }
 
@@ -204,9 +235,13 @@ def test_no_module_imports_what_the_table_forbids():
         ("evaluator", "def f():\n    import openmm"),
         ("interfaces.ase_calculator", "from openmm_mlffd.interfaces import openmm_force"),
         ("interfaces.openmm_force", "import openmm"),
+        ("interfaces.openmm_selftest", "import openmm"),
+        ("interfaces.openmm_stored", "import ase"),
         ("interfaces.openmm_factory", "import os"),
         ("interfaces.openmm_factory", "from openmm_mlffd.interfaces import openmm_potential"),
         ("cli", "from openmm_mlffd.training.train import Trainer"),
+        ("validation.nve", "from openmm_mlffd.validation.suite.plan import Plan"),
+        ("validation.nve", "from openmm_mlffd.training.hdf5 import Dataset"),
     ],
 )
 def test_import_that_crosses_layers_is_noticed(module, line):

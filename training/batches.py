@@ -2,8 +2,8 @@
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,15 @@ class Batch(NamedTuple):
 
     subset: Tensor
     """Subset of each system, shape (n_systems,), int64."""
+
+    charges: Tensor
+    """Partial charges [e], NaN where not known, shape (n_atoms,), float64."""
+
+    probe: Tensor
+    """Direction of the Hessian's row [Å], zeros where not known, shape (n_atoms, 3), float64."""
+
+    curvature: Tensor
+    """Hessian times the direction [eV/Å], NaN where not known, shape (n_atoms, 3), float64."""
 
 
 def make_batch(structures: Structures, potential: Potential, device: torch.device) -> Batch:
@@ -71,6 +80,9 @@ def make_batch(structures: Structures, potential: Potential, device: torch.devic
         virial=send(structures.stress * volume[:, None, None], torch.float64),
         n_atoms=send(count, torch.float64),
         subset=send(structures.subset, torch.int64),
+        charges=send(structures.partial_charges, torch.float64),
+        probe=torch.zeros_like(graph.positions),
+        curvature=torch.full_like(graph.positions, torch.nan),
     )
 
 
@@ -142,6 +154,24 @@ class StructureSource:
         """Whether everything is held in memory."""
         return self._memory is not None
 
+    @property
+    def memory(self) -> Structures:
+        """All structures, in the order of the files.
+
+        Raises
+        ------
+        ValueError
+            If they are streamed.
+        """
+        if self._memory is None:
+            raise ValueError("the structures are streamed, not held in memory")
+        return self._memory
+
+    @property
+    def rows(self) -> list[tuple[int, NDArray[np.int64]]]:
+        """Where the structures are: number of the file and indices within it, block by block."""
+        return list(self._blocks)
+
     def _read_block(self, block: int) -> Structures:
         file, part = self._blocks[block]
         dataset = self._datasets[file]
@@ -189,24 +219,52 @@ def _cut(
     order: NDArray[np.int64], n_atoms: NDArray[np.int64], batch_atoms: int
 ) -> list[NDArray[np.int64]]:
     """Cut an order of structures where the number of atoms would pass the limit."""
-    cuts, total = [], 0
-    for place, n in enumerate(n_atoms[order].tolist()):
-        if place and total + n > batch_atoms:
-            cuts.append(place)
-            total = 0
-        total += n
-    return np.split(order, cuts)
+    return np.split(order, cut_places(n_atoms[order], batch_atoms))
+
+
+def cut_places(
+    n_atoms: NDArray[np.int64],
+    batch_atoms: int,
+    n_edges: NDArray[np.int64] | None = None,
+    batch_edges: int | None = None,
+) -> list[int]:
+    """Where batches begin, but the first, so that none has more atoms or edges than so many.
+
+    A structure with more is a batch of its own.
+    """
+    limits = [(np.cumsum(n_atoms), batch_atoms)]
+    if n_edges is not None and batch_edges is not None:
+        limits.append((np.cumsum(n_edges), batch_edges))
+    cuts: list[int] = []
+    start = 0
+    while True:
+        end = min(
+            int(np.searchsorted(ends, (ends[start - 1] if start else 0) + most, side="right"))
+            for ends, most in limits
+        )
+        start = max(start + 1, end)
+        if start >= len(n_atoms):
+            return cuts
+        cuts.append(start)
 
 
 def prefetch(
-    structures: Iterator[Structures], potential: Potential, device: torch.device, depth: int = 4
-) -> Iterator[Batch]:
-    """Make batches in a thread of their own, on a CUDA stream of their own, ahead of their use."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+    structures: Iterator[Structures],
+    potential: Potential,
+    device: torch.device,
+    depth: int = 4,
+    *,
+    convert: Callable[[Batch], Any] = lambda batch: batch,
+) -> Iterator[Any]:
+    """Make batches in a thread of their own, on a CUDA stream of their own, ahead of their use.
+
+    What is given are `Batch`, or what `convert` makes of them in that thread.
+    """
+    ready: queue.Queue[Any] = queue.Queue(depth)
     stopped = threading.Event()
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def put(item: Batch | BaseException | None) -> None:
+    def put(item: Any) -> None:
         while not stopped.is_set():
             try:
                 ready.put(item, timeout=0.1)
@@ -220,7 +278,7 @@ def prefetch(
                 if stopped.is_set():
                     return
                 with torch.cuda.stream(stream):
-                    batch = make_batch(part, potential, device)
+                    batch = convert(make_batch(part, potential, device))
                 if stream is not None:
                     stream.synchronize()
                 put(batch)
@@ -235,9 +293,17 @@ def prefetch(
             if isinstance(item, BaseException):
                 raise item
             if stream is not None:
-                for tensor in (*item.graph, *item[1:]):
+                for tensor in _tensors(item):
                     tensor.record_stream(torch.cuda.current_stream(device))
             yield item
     finally:
         stopped.set()
         thread.join()
+
+
+def _tensors(item: tuple[Any, ...]) -> Iterator[Tensor]:
+    for part in item:
+        if isinstance(part, Tensor):
+            yield part
+        else:
+            yield from _tensors(part)

@@ -33,6 +33,12 @@ class DataConfig:
     block_size: int = 4096
     """Structures read at a time when streaming; shuffled within a few such blocks."""
 
+    resident_gb: float = 24.0
+    """Structures and edges up to this size [GB] stay on the device; 0 makes batches on the fly."""
+
+    hessians: list[str] = field(default_factory=list)
+    """Files of Hessian rows for `files`, as written by `mlffd data hessian`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -55,6 +61,18 @@ class ModelConfig:
 
     norm_softening: float = 1e-2
     """Norms of vector features are sqrt(v² + this); less is rougher, and energy drifts."""
+
+    filters: str = "sine"
+    """Radial filters: "sine" combines `n_basis` waves, "spline" has `n_basis` knots."""
+
+    pair_filters: bool = False
+    """Filters of their own for each pair of elements."""
+
+    charges: bool = False
+    """Predict partial charges."""
+
+    tail_cutoff: float | None = None
+    """Reach [Å] of the Coulomb and dispersion tail (needs `charges`); None for no tail."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +103,24 @@ class LossConfig:
     angle_threshold: float = 0.3
     """Forces shorter than this [eV/Å] have no angle."""
 
+    forces_loss: str = "huber"
+    """"huber", "conditional" (narrower for large reference forces) or "l2" (the square)."""
+
+    charges: float = 0.0
+    """Huber loss of the partial charge [e] of an atom; needs `model.charges`."""
+
+    charges_delta: float = 0.02
+    """Where it turns from quadratic to linear [e]."""
+
+    hessian: float = 0.0
+    """Huber loss of the Hessian times a direction [eV/Å²]; needs `data.hessians`."""
+
+    hessian_delta: float = 0.5
+    """Where it turns from quadratic to linear [eV/Å²]."""
+
+    schedule: dict[str, list[list[float]]] = field(default_factory=dict)
+    """Term to pairs [share of the run, factor of its weight], linear in between."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -107,6 +143,15 @@ class OptimizerConfig:
 
     ema_decay: float = 0.999
     """Decay of the moving average of the weights, which is what is validated and saved."""
+
+    muon: bool = False
+    """Move weight matrices by their orthogonalized momentum (Muon); AdamW moves the rest."""
+
+    average: str = "ema"
+    """"ema", or "swa": the plain mean of the weights since `swa_start`."""
+
+    swa_start: float = 0.75
+    """Share of the run after which "swa" averages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +182,10 @@ class TrainConfig:
     batch_atoms: int = 4000
     """Atoms in a batch."""
 
+    batch_edges: int | None = None
+    """Edges in a batch, at most, of data on the device; about the mean number of edges in
+    `batch_atoms` atoms makes padded batches alike and steps fast. None for no limit."""
+
     seed: int = 0
     """Seed of the weights and of the order of the data."""
 
@@ -146,14 +195,30 @@ class TrainConfig:
     tf32: bool = True
     """TF32 matrix products on GPUs that have them, while training."""
 
+    mixed_precision: bool = False
+    """Matrix products and edge features in bfloat16, weights and sums in float32."""
+
+    compile: str = "auto"
+    """"on", "off", or "auto": fuse the step's operations, on CUDA devices where a compiler is."""
+
+    cuda_graph: bool = True
+    """Replay the step as a CUDA graph, on CUDA devices with resident data."""
+
     validate_every: int = 2000
     """Steps between validations."""
 
     checkpoint_every: int = 2000
     """Steps between checkpoints."""
 
+    fit_minutes: float | None = None
+    """Fit the schedules to this time, after which the run is finished; `epochs` is then the
+    largest number of passes. The number of steps depends on the machine's speed."""
+
     max_minutes: float | None = None
     """Stop after this time, with a checkpoint; running the same command again goes on."""
+
+    wandb_project: str | None = None
+    """Project of Weights & Biases that the run is also shown in."""
 
     initial: str | None = None
     """Student file whose weights and reference energies to start from; None starts at random."""

@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -82,7 +82,11 @@ def cluster_of(text: str, options: Mapping[str, Any]) -> Iterator[tuple[Any, int
     kind, _, rest = text.partition(":")
     if kind == "local":
         n = _number(rest, text)
-        settings = {"n_workers": n, "threads_per_worker": 1, "dashboard_address": None}
+        settings: dict[str, Any] = {
+            "n_workers": n,
+            "threads_per_worker": 1,
+            "dashboard_address": None,
+        }
         with LocalCluster(**(settings | dict(options))) as cluster, Client(cluster) as client:
             yield client, n
     elif kind == "ssh":
@@ -104,7 +108,7 @@ def cluster_of(text: str, options: Mapping[str, Any]) -> Iterator[tuple[Any, int
                 "dask-jobqueue is needed for SLURM: pip install 'openmm-mlffd[cluster]'"
             ) from error
         n = _number(rest, text)
-        settings = {"cores": 1, "processes": 1, "memory": "4GB"}
+        settings: dict[str, Any] = {"cores": 1, "processes": 1, "memory": "4GB"}
         with SLURMCluster(**(settings | dict(options))) as cluster, Client(cluster) as client:
             cluster.scale(jobs=n)
             yield client, n
@@ -128,7 +132,7 @@ def run_all(
     *,
     threads: bool = False,
     stop: Callable[[], object] = lambda: None,
-) -> Iterator[tuple[Item, Outcome]]:
+) -> Generator[tuple[Item, Outcome]]:
     """Results of a function in the order in which they are ready.
 
     A few items per worker are taken from the iterable ahead of the results, not more, so that

@@ -35,6 +35,7 @@ ELEMENTS = frozenset({1, 6, 7, 8, 9, 15, 16, 17})
 """Atomic numbers that were trained; the model gives numbers without meaning for others."""
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
+_ALL_ON_GPU = 4000  # atoms; more pairs than that do not fit
 _ALL_PAIRS = 1000  # molecules with more atoms get a cell list
 
 
@@ -119,9 +120,19 @@ Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def pairs(
-    positions: np.ndarray, cell: np.ndarray, periodic: bool, cutoff: float
+    positions: np.ndarray,
+    cell: np.ndarray,
+    periodic: bool,
+    cutoff: float,
+    device: torch.device | None = None,
 ) -> tuple[Edges, Edges]:
-    """Pairs within the short cutoff, in both directions, and within 12 Å, each once."""
+    """Pairs within the short cutoff, in both directions, and within 12 Å, each once.
+
+    On a GPU those of a box are found by trying all of them, which takes milliseconds; a cell list
+    on the processor would take longer than the model.
+    """
+    if periodic and device is not None and device.type == "cuda" and len(positions) < _ALL_ON_GPU:
+        return pairs_by_trying_all(positions, cell, cutoff, device)
     if periodic or len(positions) > _ALL_PAIRS:
         from matscipy.neighbours import neighbour_list
 
@@ -144,6 +155,34 @@ def pairs(
         once = i < j
     short = distances <= cutoff
     return (i[short], j[short], images[short]), (i[once], j[once], images[once])
+
+
+def pairs_by_trying_all(
+    positions: np.ndarray, cell: np.ndarray, cutoff: float, device: torch.device
+) -> tuple[Edges, Edges]:
+    """`pairs` of a box: for each image of the box that is near enough, all pairs of atoms."""
+    vectors = torch.as_tensor(cell, dtype=torch.float64, device=device)
+    x = torch.as_tensor(positions, dtype=torch.float64, device=device)
+    inverse = torch.linalg.inv(vectors)
+    home = torch.floor(x @ inverse)  # atoms may lie outside of the box
+    x = x - home @ vectors
+    heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+    reach = np.ceil(CUTOFF_LR / heights).astype(int)
+    images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), -1)
+    images = images.reshape(-1, 3)
+    upper = torch.triu(torch.ones(len(x), len(x), dtype=torch.bool, device=device), 1)
+    found = []
+    for image in images[len(images) // 2 :]:  # of an image and its opposite one is enough
+        shift = torch.as_tensor(image, dtype=torch.float64, device=device)
+        difference = x[None, :] + shift @ vectors - x[:, None]
+        square = (difference**2).sum(-1)
+        near = square <= CUTOFF_LR**2
+        i, j = torch.nonzero(near if image.any() else near & upper, as_tuple=True)
+        found.append((i, j, shift - home[j] + home[i], square[i, j] <= cutoff**2))
+    i, j, box, is_short = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
+    a, b, s = i[is_short], j[is_short], box[is_short]
+    both = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([s, -s])
+    return both, (i, j, box)
 
 
 class So3lr:
@@ -225,8 +264,9 @@ class So3lr:
         for k, is_periodic in enumerate(periodic):
             first, last = batch.offsets[k], batch.offsets[k + 1]
             found = pairs(
-                batch.positions[first:last], cells[k], bool(is_periodic), self._model.r_max
-            )
+                batch.positions[first:last], cells[k], bool(is_periodic),
+                float(self._model.r_max), self._device,
+            )  # fmt: skip
             for edges, (i, j, images) in zip((short, long), found, strict=True):
                 edges.append((i + first, j + first, images))
         count = np.diff(batch.offsets)

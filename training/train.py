@@ -3,31 +3,43 @@
 import copy
 import logging
 import math
-import os
-import pickle
 import signal
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from openmm_mlffd.evaluator import resolve_device
 from openmm_mlffd.modelfile import StudentHeader, load_student, make_potential, save_student
 from openmm_mlffd.potential import Potential
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, prefetch
-from openmm_mlffd.training.config import ConfigError, OptimizerConfig, TrainConfig
+from openmm_mlffd.training.boards import Boards
+from openmm_mlffd.training.checkpoint import read_checkpoint, write_checkpoint
+from openmm_mlffd.training.config import ConfigError, TrainConfig
+from openmm_mlffd.training.distributed import Processes
 from openmm_mlffd.training.evaluate import evaluate
-from openmm_mlffd.training.hdf5 import Dataset
-from openmm_mlffd.training.loss import loss_terms
+from openmm_mlffd.training.hdf5 import Dataset, Structures, take
+from openmm_mlffd.training.header import all_seen, portable, rounded, student_header
+from openmm_mlffd.training.hessian import load_hessians
+from openmm_mlffd.training.loss import TERMS
 from openmm_mlffd.training.references import fit_references, measure_energy_bound
+from openmm_mlffd.training.resident import estimated_gb, share
+from openmm_mlffd.training.resident_step import ResidentData
+from openmm_mlffd.training.schedule import (
+    Pace,
+    average_weight,
+    check_config,
+    learning_rate,
+    loss_factors,
+)
+from openmm_mlffd.training.step import TrainingStep
+from openmm_mlffd.training.targets import TrainingBatch, count_totals, training_batch
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +50,6 @@ _MAX_BAD_STEPS = 20
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is intact."""
-
-
-class _SkippingAdamW(torch.optim.AdamW):
-    """AdamW whose fused step is left out, on the device, where `found_inf` is not zero."""
-
-    found_inf: Tensor
 
 
 @dataclass
@@ -62,12 +68,15 @@ class Progress:
     bad_steps: int = 0
     """Steps left out because the loss or the gradient was not finite."""
 
+    seconds: float = field(default=0.0, compare=False)
+    """Time spent [s], to the last look at the clock."""
+
     best: float = math.inf
     """Smallest force MAE on the validation set so far [meV/Å]."""
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; "auto" is the GPU if there is one.
+def pick_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a name; "auto" is the GPU if there is one, each process's own.
 
     Raises
     ------
@@ -75,18 +84,11 @@ def pick_device(name: str) -> torch.device:
         If the device does not exist here.
     """
     try:
+        if name in ("auto", "cuda") and local_rank and torch.cuda.is_available():
+            name = f"cuda:{local_rank}"
         return resolve_device(None if name == "auto" else name)
     except ValueError as error:
         raise ConfigError(f"device: {error}") from error
-
-
-def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
-    """Linear warm-up, then cosine from the highest to the final learning rate."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    x = min(1.0, (step - config.warmup_steps) / max(1, n_steps - config.warmup_steps))
-    low = config.final_learning_rate
-    return low + (config.learning_rate - low) * 0.5 * (1 + math.cos(math.pi * x))
 
 
 class Trainer:
@@ -105,36 +107,42 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig) -> None:
+        check_config(config)
         self.config = config
-        self.device = pick_device(config.device)
+        self.processes = Processes.from_environment()
+        self.device = pick_device(config.device, self.processes.local_rank)
         self.folder = Path(config.output)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.datasets = [Dataset(path) for path in config.data.files]
         self.source = self._source("train", config.data.max_structures)
         self.validation = self._source("val", None)
-        self.header = self._header()
+        self.header = student_header(config, self.datasets, self.source)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.seed)
             self.potential = make_potential(self.header).to(self.device).train()
         self.average = copy.deepcopy(self.potential).eval().requires_grad_(False)
-        self.optimizer = _SkippingAdamW(
-            self.potential.parameters(),
-            lr=config.optimizer.learning_rate,
-            weight_decay=config.optimizer.weight_decay,
-            fused=True,
+        several = self.processes.count > 1
+        self.training_step = TrainingStep(
+            self.potential, self.average, config, reduce=self.processes.sum if several else None
         )
         self.progress = Progress()
         self._initial: dict[str, Any] | None = None  # where the weights came from
         self._stop = False
-        self._losses: dict[str, Tensor] = {}
-        self._bad_steps = torch.zeros((), device=self.device)
-        self._last_bad = torch.zeros(2, device=self.device)  # epoch and batch
+        self._pace = Pace(config, 0.0)
+        self._fitted_steps: int | None = None
+        self._resident: ResidentData | None = None
         if (self.folder / CHECKPOINT).exists():
             self._load_checkpoint()
         elif config.initial is not None:
             self._start_from(config.initial)
         else:
-            self._set_references(fit_references(self.source, self.potential, self.device))
+            references = fit_references(self.source, self.potential, self.device)
+            self._set_references(self.processes.of_first(references))
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What moves the weights."""
+        return self.training_step.optimizer
 
     def run(self) -> Path:
         """Train to the end, or until told to stop (time limit, Ctrl-C, SIGTERM).
@@ -149,23 +157,28 @@ class Trainer:
         TrainingError
             If too many steps have a loss or gradient that is not finite.
         """
-        started = time.monotonic()
-        limit = math.inf if self.config.max_minutes is None else 60 * self.config.max_minutes
-        n_batches = self._batches_per_epoch()
-        n_steps = n_batches * self.config.epochs
+        self._pace = Pace(self.config, self.progress.seconds)
         matmul = torch.backends.cuda.matmul
         tf32_before, matmul.allow_tf32 = matmul.allow_tf32, self.config.tf32
         handlers = self._catch_signals()
+        show = self.processes.is_first
+        # graphs and compiled kernels run on the current device
+        current = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         try:
             with (
-                SummaryWriter(
-                    str(self.folder / "tensorboard"), purge_step=self.progress.step
-                ) as board,
-                tqdm(total=n_steps, initial=self.progress.step, unit="step", smoothing=0.02) as bar,
+                current,
+                self._boards() as board,
+                tqdm(
+                    total=self.n_steps,
+                    initial=self.progress.step,
+                    unit="step",
+                    smoothing=0.02,
+                    disable=not show,
+                ) as bar,
             ):
-                while self.progress.epoch < self.config.epochs and not self._stop:
-                    self._run_epoch(n_steps, started + limit, board, bar)
-                if not self._stop:
+                while not (self.finished or self._stop):
+                    self._run_epoch(board, bar)
+                if self.finished:
                     self._validate(board)
         finally:
             matmul.allow_tf32 = tf32_before
@@ -176,15 +189,23 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done."""
-        return self.progress.epoch >= self.config.epochs
+        """Whether all epochs are done, or the time that the run was fitted to has passed."""
+        fit = self.config.fit_minutes
+        is_late = fit is not None and self.progress.seconds >= 60 * fit
+        return self.progress.epoch >= self.config.epochs or is_late
 
-    def _run_epoch(self, n_steps: int, deadline: float, board: SummaryWriter, bar: tqdm) -> None:
+    @property
+    def n_steps(self) -> int:
+        """Steps of the whole run; packing depends a little on the order, schedules do not."""
+        if self._fitted_steps is not None:
+            return self._fitted_steps
+        per_epoch = max(1, round(self.source.n_atoms.sum() / self.config.batch_atoms))
+        return per_epoch * self.config.epochs
+
+    def _run_epoch(self, board: Boards | None, bar: tqdm) -> None:
         p, config = self.progress, self.config
-        rng = np.random.default_rng([config.seed, p.epoch])
-        structures = self.source.batches(config.batch_atoms, rng=rng, first=p.batch)
-        for batch in prefetch(structures, self.potential, self.device):
-            lr = learning_rate(p.step, n_steps, config.optimizer)
+        for batch in self._work():
+            lr = learning_rate(p.step, self.n_steps, config.optimizer)
             self._step(batch, lr)
             p.step += 1
             p.batch += 1
@@ -195,41 +216,113 @@ class Trainer:
                 self._validate(board)
             if p.step % config.checkpoint_every == 0:
                 self.save_checkpoint()
-            if time.monotonic() > deadline:
+            if self._pace.is_over():
                 log.info("time limit reached at step %d", p.step)
                 self._stop = True
-            if self._stop:
+            self._stop = self.processes.any(self._stop)
+            if self.finished or self._stop:
                 return
         p.epoch += 1
         p.batch = 0
 
-    def _step(self, batch: Batch, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        terms = loss_terms(self.potential(batch.graph), batch, self.config.loss)
-        loss = torch.stack([t.double() for t in terms.values()]).sum()
-        loss.backward()
-        clip = self.config.optimizer.clip
-        norm = torch.nn.utils.clip_grad_norm_(self.potential.parameters(), clip)
-        self._losses = {k: v.detach() for k, v in terms.items()} | {"total": loss.detach()}
-        self.optimizer.found_inf = (~(torch.isfinite(norm) & torch.isfinite(loss))).float()
-        self.optimizer.step()
-        self._update_average()
-        self._bad_steps += self.optimizer.found_inf
-        for place, number in enumerate((self.progress.epoch, self.progress.batch)):
-            self._last_bad[place] = torch.where(
-                self.optimizer.found_inf > 0, float(number), self._last_bad[place]
+    def steps(self) -> Iterator[int]:
+        """Do step after step without end and without files; gives the atoms of each.
+
+        For measurements: the learning rate is that of the first step.
+        """
+        while True:
+            for batch in self._work():
+                self._step(batch, learning_rate(0, self.n_steps, self.config.optimizer))
+                if isinstance(batch, TrainingBatch):
+                    yield len(batch.species)
+                else:
+                    assert self._resident is not None
+                    yield self._resident.step.real_atoms(batch)
+            self.progress.epoch = (self.progress.epoch + 1) % self.config.epochs
+
+    @property
+    def padding(self) -> float:
+        """Share of the places for edges that are padding, in the batches of the present epoch."""
+        return 0.0 if self._resident is None else self._resident.step.padding
+
+    @property
+    def shortfall(self) -> str:
+        """What was asked for and could not be had; empty if nothing."""
+        return "" if self._resident is None else self._resident.step.shortfall
+
+    def _work(self) -> Iterator[int | TrainingBatch]:
+        """Batches of the rest of this epoch: their numbers where the data are on the device."""
+        p, config = self.progress, self.config
+        if self._resident is None and self._fits_device():
+            self._resident = ResidentData(
+                self.source,
+                self.potential,
+                self.training_step,
+                config,
+                processes=self.processes,
+                hessian=load_hessians(config.data, self.datasets, self.source),
             )
+        if self._resident is not None:
+            yield from range(p.batch, self._resident.load_epoch(p.epoch))
+            return
+        rng = np.random.default_rng([config.seed, p.epoch])
+        structures = self.source.batches(config.batch_atoms, rng=rng, first=p.batch)
+        who = self.processes
+        if who.count > 1:
+            structures = (_share_of(s, who.rank, who.count) for s in structures)
+        yield from prefetch(
+            structures,
+            self.potential,
+            self.device,
+            convert=lambda batch: training_batch(batch, self.potential),
+        )
+
+    def _atoms_per_second(self) -> float:
+        """Speed since the first steps, validation included."""
+        n_steps = self._pace.speed(self.progress.step)
+        if self._resident is None:
+            return n_steps * self.config.batch_atoms
+        return n_steps * self._resident.step.mean_atoms
+
+    def _fits_device(self) -> bool:
+        data = self.config.data
+        if not self.source.in_memory or not data.resident_gb:
+            size = math.inf
+        else:
+            size = estimated_gb(self.source, self.potential, self.device)
+        fits = size <= data.resident_gb
+        if not fits and self.config.loss.hessian:
+            raise ConfigError(
+                "loss.hessian: Hessian rows need data that are held on the device; raise "
+                f"data.memory_gb ({data.memory_gb:g}) and data.resident_gb ({data.resident_gb:g})"
+            )
+        return fits
+
+    def _step(self, batch: int | TrainingBatch, lr: float) -> None:
+        p, config, step = self.progress, self.config, self.training_step
+        step.set_controls(
+            lr,
+            average_weight(p.step, self.n_steps, config.optimizer),
+            (p.epoch, p.batch),
+            loss_factors(p.step, self.n_steps, config.loss),
+        )
+        if isinstance(batch, TrainingBatch):
+            totals = count_totals(batch, config.loss.angle_threshold)
+            self.processes.sum(totals)
+            step.run(batch, totals)
+        else:
+            assert self._resident is not None
+            self._resident.step.run(batch)
 
     def _count_bad_steps(self) -> None:
         # looking waits for the device, so only now and then
-        new = int(self._bad_steps)
+        step = self.training_step
+        new = int(step.bad_steps)
         if not new:
             return
-        self._bad_steps.zero_()
+        step.bad_steps.zero_()
         self.progress.bad_steps += new
-        epoch, batch = self._last_bad.int().tolist()
+        epoch, batch = step.last_bad.int().tolist()
         where = f"batch {batch} of epoch {epoch}"
         log.warning("%d steps left out: loss or gradient not finite, last in %s", new, where)
         if self.progress.bad_steps > _MAX_BAD_STEPS:
@@ -239,40 +332,55 @@ class Trainer:
                 "lower optimizer.learning_rate"
             )
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        # a short memory at first, so that the average forgets the random start
-        decay = min(
-            self.config.optimizer.ema_decay, (1 + self.progress.step) / (10 + self.progress.step)
-        )
-        torch._foreach_lerp_(
-            list(self.average.parameters()), list(self.potential.parameters()), 1 - decay
+    def _boards(self) -> AbstractContextManager[Boards | None]:
+        if not self.processes.is_first:
+            return nullcontext()
+        return Boards(
+            self.folder,
+            self.progress.step,
+            project=self.config.wandb_project,
+            name=self.config.name,
+            settings=portable(self.config),
         )
 
-    def _log(self, board: SummaryWriter, bar: tqdm, lr: float) -> None:
-        self._count_bad_steps()
-        step = self.progress.step
-        losses = {k: float(v) for k, v in self._losses.items()}
-        for name, value in losses.items():
-            board.add_scalar(f"loss/{name}", value, step)
-        board.add_scalar("learning_rate", lr, step)
-        bar.set_postfix({"loss": f"{losses['total']:.4f}", "val": f"{self.progress.best:.1f}"})
+    def _log(self, board: Boards | None, bar: tqdm, lr: float) -> None:
+        self._count_bad_steps()  # waits for the device, so that the clock is right
+        fitted = self._pace.fitted_steps(self.progress.step) or 0
+        times = self.processes.of_first([self._pace.seconds(), fitted])
+        self.progress.seconds, self._fitted_steps = times[0], int(times[1]) or None
+        if board is None:
+            return
+        terms = dict(zip(TERMS, self.training_step.losses.tolist(), strict=True))
+        losses = {f"loss/{k}": v for k, v in terms.items() if getattr(self.config.loss, k)}
+        losses["loss/total"] = sum(terms.values())
+        board.add(losses | {"learning_rate": lr}, self.progress.step)
+        bar.set_postfix({"loss": f"{losses['loss/total']:.4f}", "val": f"{self.progress.best:.1f}"})
 
-    def _validate(self, board: SummaryWriter) -> None:
-        self.average.energy_bound = 0.0
-        subsets = self.validation.subsets
-        table = evaluate(self.average, self._validation_batches(), subsets, self.device)
-        for key, value in table["all"].items():
-            if key not in ("structures", "atoms") and math.isfinite(value):
-                board.add_scalar(f"validation/{key}", value, self.progress.step)
-        r = table["all"]
-        tqdm.write(
-            f"step {self.progress.step}: force MAE {r['force_mae']:.1f} RMSE {r['force_rmse']:.1f} "
-            f"meV/Å, energy MAE {r['energy_mae']:.2f} meV/atom, angle {r['angle']:.2f}°"
-        )
-        if r["force_mae"] < self.progress.best:
-            self.progress.best = r["force_mae"]
-            self._save_student({"split": "val", "by_subset": _rounded(table)})
+    def _validate(self, board: Boards | None) -> None:
+        """Errors of the average on the validation split; the first process does it for all."""
+        if board is not None:
+            self.average.energy_bound = 0.0
+            subsets = self.validation.subsets
+            table = evaluate(self.average, self._validation_batches(), subsets, self.device)
+            r = table["all"]
+            board.add(
+                {
+                    f"validation/{k}": v
+                    for k, v in r.items()
+                    if k not in ("structures", "atoms") and math.isfinite(v)
+                },
+                self.progress.step,
+            )
+            p = self.progress
+            tqdm.write(
+                f"step {p.step} after {p.seconds / 60:.1f} min, {self._atoms_per_second():.0f} "
+                f"atoms/s: force MAE {r['force_mae']:.1f} RMSE {r['force_rmse']:.1f} meV/Å, "
+                f"energy MAE {r['energy_mae']:.2f} meV/atom, angle {r['angle']:.2f}°"
+            )
+            if r["force_mae"] < self.progress.best:
+                self.progress.best = r["force_mae"]
+                self._save_student({"split": "val", "by_subset": rounded(table)})
+        self.progress.best = self.processes.of_first(self.progress.best)
 
     def _validation_batches(self) -> Iterator[Batch]:
         for structures in self.validation.batches(self.config.batch_atoms):
@@ -281,59 +389,43 @@ class Trainer:
     def _save_student(self, metrics: dict[str, Any]) -> None:
         bound = measure_energy_bound(self.average, self._validation_batches())
         self.average.energy_bound = bound
-        new = {
+        new: dict[str, Any] = {
             "energy_bound": bound,
             "metrics": metrics,
-            "training": {"steps": self.progress.step, "config": _portable(self.config)},
+            "training": {"steps": self.progress.step, "config": portable(self.config)},
         }
         if self._initial is not None:
             new["training"]["initial"] = self._initial
-            new["dataset"] = _all_seen(self.header.dataset, self._initial["dataset"])
+            new["dataset"] = all_seen(self.header.dataset, self._initial["dataset"])
         header = StudentHeader(**(asdict(self.header) | new))
         save_student(self.folder / STUDENT, self.average, header)
 
     def save_checkpoint(self) -> None:
         """Write everything that the rest of the run depends on; the old one stays until done."""
         self._count_bad_steps()
+        if not self.processes.is_first:
+            return
+        step = self.training_step
         state = {
             "config": asdict(self.config),
             "references": self.potential.references,
             "potential": self.potential.state_dict(),
             "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": step.optimizer.state_dict(),
             "progress": asdict(self.progress),
             "initial": self._initial,
+            "muon": None if step.muon is None else step.muon.state(),
         }
-        temporary = self.folder / (CHECKPOINT + ".tmp")
-        try:
-            with temporary.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / CHECKPOINT)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_checkpoint(self.folder / CHECKPOINT, state)
 
     def _load_checkpoint(self) -> None:
         path = self.folder / CHECKPOINT
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            cause = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ConfigError(
-                f"{path}: not a checkpoint that can be read ({cause}); remove it to start anew"
-            ) from error
-        before, now = state["config"], asdict(self.config)
-        free = {"output", "device", "max_minutes", "validate_every", "checkpoint_every", "data"}
-        changed = [k for k in now if k not in free and before.get(k) != now[k]]
-        if changed:
-            raise ConfigError(
-                f"{path} was made with other settings for {', '.join(changed)}; "
-                "give them as they were, or choose another output folder"
-            )
+        state = read_checkpoint(path, self.config, self.device)
         self.potential.load_state_dict(state["potential"])
         self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.training_step.load_optimizer(state["optimizer"])
+        if self.training_step.muon is not None:
+            self.training_step.muon.load(state["muon"])
         self.progress = Progress(**state["progress"])
         self._set_references(state["references"])
         self._initial = state.get("initial")
@@ -371,33 +463,6 @@ class Trainer:
             seed=self.config.seed,
         )
 
-    def _header(self) -> StudentHeader:
-        model = self.config.model
-        names = ("n_channels", "n_interactions", "n_basis", "norm_softening")
-        sizes = {k: getattr(model, k) for k in names}
-        return StudentHeader(
-            name=self.config.name,
-            architecture={"kind": "painn", **sizes},
-            elements=list(model.elements),
-            references=[0.0] * len(model.elements),
-            cutoff=model.cutoff,
-            teacher="; ".join(sorted({d.teacher for d in self.datasets})),
-            dataset={
-                "files": [d.path.name for d in self.datasets],
-                "train_structures": len(self.source),
-                "train_atoms": int(self.source.n_atoms.sum()),
-                "split": [
-                    {k: v for k, v in d.attributes.items() if k.startswith("split")}
-                    for d in self.datasets
-                ],
-            },
-            licence=self.config.licence,
-        )
-
-    def _batches_per_epoch(self) -> int:
-        # packing depends a little on the order; the schedule only needs the size
-        return max(1, round(self.source.n_atoms.sum() / self.config.batch_atoms))
-
     def _catch_signals(self) -> dict[int, Any]:
         def stop(number: int, frame: FrameType | None) -> None:
             if self._stop:
@@ -411,27 +476,9 @@ class Trainer:
             return {}
 
 
-def _rounded(table: dict[str, dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    return {
-        name: {k: round(v, 3) if math.isfinite(v) else None for k, v in row.items()}
-        for name, row in table.items()
-    }
-
-
-def _all_seen(dataset: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """The training set of both runs together, where one is a part of the other."""
-    same = all(dataset[name] == earlier.get(name) for name in ("files", "split"))
-    return earlier if same and earlier["train_atoms"] > dataset["train_atoms"] else dataset
-
-
-def _portable(config: TrainConfig) -> dict[str, Any]:
-    """The configuration without folders of the machine."""
-    values = asdict(config)
-    values["data"]["files"] = [Path(f).name for f in config.data.files]
-    if config.initial is not None:
-        values["initial"] = Path(config.initial).name
-    del values["output"]
-    return values
+def _share_of(structures: Structures, rank: int, count: int) -> Structures:
+    n_atoms = np.diff(structures.offsets)
+    return take(structures, share(np.arange(len(n_atoms)), n_atoms, count)[rank])
 
 
 def train(config: TrainConfig) -> tuple[Potential, Path]:

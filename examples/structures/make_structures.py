@@ -6,6 +6,7 @@ of RDKit and OpenMM give other coordinates.
 
 from pathlib import Path
 
+import numpy as np
 import openmm
 from openmm import app, unit
 from rdkit import Chem
@@ -33,6 +34,10 @@ ALANINE_DIPEPTIDE_ATOMS = [
     ("NME", "N", "H"),
     ("NME", "C", "H1 H2 H3"),
 ]
+
+PHENOL = "Oc1ccccc1"
+# in the order of the SMILES, named like tyrosine's
+PHENOL_ATOMS = ["OH", "CZ", "CE1", "CD1", "CG", "CD2", "CE2"]
 
 N_WATERS = 64
 
@@ -101,7 +106,60 @@ def write_water_box() -> None:
         app.PDBFile.writeFile(simulation.topology, state.getPositions(), file)
 
 
+def write_villin_with_phenol() -> None:
+    """The villin headpiece of OpenMM's own test.pdb, without its water, and phenol at its side."""
+    pdb = app.PDBFile(str(Path(app.__file__).parent / "data" / "test.pdb"))
+    modeller = app.Modeller(pdb.topology, pdb.positions)
+    modeller.delete([r for r in modeller.topology.residues() if r.name in ("HOH", "Cl")])
+    protein = np.array(modeller.positions.value_in_unit(unit.angstrom))
+    heavy = np.array([a.element.atomic_number > 1 for a in modeller.topology.atoms()])
+    phenol = conformer(PHENOL)
+    place = _snug_place(protein, heavy, phenol.GetConformer().GetPositions())
+    modeller.add(_phenol_topology(phenol), place * unit.angstrom)
+    force_field = app.ForceField("amber14-all.xml", str(FOLDER / "phenol.xml"))
+    system = force_field.createSystem(modeller.topology)
+    for index in range(len(protein)):
+        system.setParticleMass(index, 0)
+    platform = openmm.Platform.getPlatform("Reference")
+    context = openmm.Context(system, openmm.VerletIntegrator(0.001), platform)
+    context.setPositions(modeller.positions)
+    openmm.LocalEnergyMinimizer.minimize(context)
+    modeller.topology.setPeriodicBoxVectors(None)
+    with (FOLDER / "villin-phenol.pdb").open("w") as file:
+        positions = context.getState(positions=True).getPositions()
+        app.PDBFile.writeFile(modeller.topology, positions, file)
+
+
+def _snug_place(protein: np.ndarray, heavy: np.ndarray, molecule: np.ndarray) -> np.ndarray:
+    """Positions [Å] of a molecule that touches as much of a protein as it can without clashes."""
+    random = np.random.default_rng(SEED)
+    best, most = molecule, -1
+    low, high = protein.min(0) - 3.0, protein.max(0) + 3.0
+    for _ in range(20000):
+        rotation = np.linalg.qr(random.normal(size=(3, 3)))[0]
+        moved = (molecule - molecule.mean(0)) @ rotation + random.uniform(low, high)
+        distances = np.linalg.norm(moved[:, None] - protein, axis=-1)
+        contacts = int((distances[:, heavy] < 5.0).any(0).sum())
+        if contacts > most and distances.min() > 2.2 and distances[:, heavy].min() > 2.6:
+            best, most = moved, contacts
+    return best
+
+
+def _phenol_topology(molecule: Chem.Mol) -> app.Topology:
+    topology = app.Topology()
+    residue = topology.addResidue("PHN", topology.addChain())
+    names = [*PHENOL_ATOMS, *(f"H{name[1:]}" for name in PHENOL_ATOMS if name != "CZ")]
+    atoms = [
+        topology.addAtom(name, app.Element.getBySymbol(atom.GetSymbol()), residue)
+        for name, atom in zip(names, molecule.GetAtoms(), strict=True)
+    ]
+    for bond in molecule.GetBonds():
+        topology.addBond(atoms[bond.GetBeginAtomIdx()], atoms[bond.GetEndAtomIdx()])
+    return topology
+
+
 if __name__ == "__main__":
     write_pramipexole()
     write_alanine_dipeptide()
     write_water_box()
+    write_villin_with_phenol()

@@ -15,8 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"ASE is needed ({error}): pip install 'openmm-mlffd[ase]'") from error
 
+from openmm_mlffd.engines import PRECISIONS, open_evaluator
 from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
-from openmm_mlffd.modelfile import PRECISIONS
 
 SMALLEST_CHARGE = 0.1
 """A sum of initial charges [e], or a magnetic moment [μB], below this is rounding."""
@@ -145,13 +145,14 @@ class MLFFDCalculator(Calculator):
         if evaluator is not None and np.array_equal(evaluator.numbers, numbers):
             return evaluator
         if evaluator is not None:
-            potential = evaluator.potential
+            self._evaluator = evaluator.with_numbers(numbers)
         else:
-            potential = self.student.load(
-                device=resolve_device(self.parameters["device"]),
+            self._evaluator = open_evaluator(
+                self.student,
+                numbers.tolist(),
                 precision=self.parameters["precision"],
+                device=self.parameters["device"],
             )
-        self._evaluator = Evaluator(potential, numbers)
         return self._evaluator
 
 

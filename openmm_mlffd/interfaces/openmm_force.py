@@ -1,16 +1,18 @@
 """What a `PythonForce` calls and what it stores. Imports neither openmm nor openmmml."""
 
 from collections.abc import Callable
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
+from openmm_mlffd.engines import open_evaluator
+from openmm_mlffd.evaluator import Evaluator, StudentSource
+from openmm_mlffd.interfaces.openmm_selftest import SelfTest, self_test_evaluator
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
-VERSION = 1
-"""Version of the settings that are stored with a System."""
+VERSION = 2
+"""Version of the settings that are stored with a System. Version 1 had no `kernels`."""
 
 
 class ComputationSettings(TypedDict):
@@ -38,10 +40,16 @@ class ComputationSettings(TypedDict):
     """Whether the box is periodic."""
 
     precision: str
-    """Single or double."""
+    """Single, mixed or double."""
 
     device: str | None
     """Torch device; None for whatever is there."""
+
+    kernels: str
+    """One of `engines.KERNELS`."""
+
+    self_test: NotRequired[bool]
+    """Whether the student is tested at its first use; not there means yes."""
 
 
 class StudentComputation:
@@ -61,6 +69,8 @@ class StudentComputation:
     def __init__(self, settings: ComputationSettings) -> None:
         self.settings = settings
         self._evaluator: Evaluator | None = None
+        self._tested = False
+        self.self_test: SelfTest | None = None
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[ComputationSettings]]:
         return restore_computation, (self.settings,)
@@ -80,20 +90,22 @@ class StudentComputation:
         """Load the student, if that is not done; where it cannot be used, this says so."""
         if self._evaluator is not None:
             return self._evaluator
+        settings = _upgraded(self.settings)
+        self._evaluator = open_evaluator(
+            self._source(),
+            settings["numbers"],
+            kernels=settings["kernels"],
+            precision=settings["precision"],
+            device=settings["device"],
+            labels=settings["atoms"],
+        )
+        return self._evaluator
+
+    def _source(self) -> StudentSource:
         settings = self.settings
-        if settings["version"] != VERSION:
-            raise ValueError(
-                f"this System was stored in version {settings['version']} of the format, and this "
-                f"openmm-mlffd reads version {VERSION}; another openmm-mlffd is needed"
-            )
-        source = StudentSource(
+        return StudentSource(
             name=settings["name"], path=settings["path"], sha256=settings["sha256"]
         )
-        potential = source.load(
-            device=resolve_device(settings["device"]), precision=settings["precision"]
-        )
-        self._evaluator = Evaluator(potential, settings["numbers"], labels=settings["atoms"])
-        return self._evaluator
 
     def _compute(self, state: Any) -> tuple[float, NDArray[np.float64]]:
         evaluator = self._evaluator or self.start()
@@ -102,9 +114,28 @@ class StudentComputation:
         cell = None
         if self.settings["periodic"]:
             cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
-        prediction = evaluator.predict(positions, cell)
+        prediction = evaluator.predict(positions, cell, virial=False)
+        if not self._tested:
+            if self.settings.get("self_test", True):
+                precision = self.settings["precision"]
+                self.self_test = self_test_evaluator(
+                    evaluator, self._source(), precision, positions, cell, first=prediction
+                )
+            self._tested = True
         forces = prediction.forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
         return prediction.energy.item() * KJ_PER_MOL_PER_EV, forces.cpu().numpy()
+
+
+def _upgraded(settings: ComputationSettings) -> ComputationSettings:
+    """The settings as the newest version has them."""
+    if settings["version"] == 1:
+        return settings | ComputationSettings(version=VERSION, kernels="auto")  # type: ignore[typeddict-item]
+    if settings["version"] != VERSION:
+        raise ValueError(
+            f"this System was stored in version {settings['version']} of the format, and this "
+            f"openmm-mlffd reads versions 1 and {VERSION}; another openmm-mlffd is needed"
+        )
+    return settings
 
 
 def restore_computation(settings: ComputationSettings) -> StudentComputation:

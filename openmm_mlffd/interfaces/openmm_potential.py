@@ -15,13 +15,17 @@ except ImportError as error:
     ) from error
 
 from openmm_mlffd.elements import atomic_number
+from openmm_mlffd.engines import PRECISIONS
 from openmm_mlffd.evaluator import StudentSource, resolve_device
 from openmm_mlffd.interfaces.openmm_force import VERSION, ComputationSettings, StudentComputation
 from openmm_mlffd.interfaces.openmm_topology import (
     atomic_numbers,
     check_hydrogens,
 )
-from openmm_mlffd.modelfile import PRECISIONS, ModelFileError, read_header
+from openmm_mlffd.modelfile import ModelFileError, read_header
+
+ENGINES = {"auto": "auto", "python": "fused", "eager": "eager"}
+"""Engines, and the kernels that each stands for."""
 
 _STUDENT_KEYWORDS = ("model", "modelPath")
 _EMBEDDING_KEYWORDS = ("linkAtomDistances", "mlLongRange")  # openmmml hands on its own, too
@@ -31,11 +35,13 @@ _EMBEDDING_KEYWORDS = ("linkAtomDistances", "mlLongRange")  # openmmml hands on 
 class _Options:
     """The keywords that may be given to `MLPotential` and to `createSystem`."""
 
+    engine: str | None = None
     precision: str | None = None
     device: Any = None
     charge: float | None = None
     multiplicity: int | None = None
     allowMissingHydrogens: bool = False
+    selfTest: bool = True
 
     def updated(self, keywords: dict[str, Any]) -> "_Options":
         """Check and take over keywords; None leaves what is set."""
@@ -44,6 +50,10 @@ class _Options:
             raise ValueError(
                 f"precision must be one of {', '.join(PRECISIONS)}, got {new.precision!r}"
             )
+        if new.engine is not None and new.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {new.engine!r}")
+        if new.engine == "eager" and new.precision == "mixed":
+            raise ValueError("engine='eager' has no mixed precision: single or double")
         if new.charge is not None and new.charge != 0:
             raise ValueError(
                 f"charge={new.charge} was asked for, but the student has no charge to set: what "
@@ -57,6 +67,9 @@ class _Options:
             )
         if new.device is not None:
             resolve_device(new.device)
+        for name in ("allowMissingHydrogens", "selfTest"):
+            if not isinstance(getattr(new, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(new, name)!r}")
         return new
 
 
@@ -73,9 +86,13 @@ class MLFFDPotentialImpl(MLPotentialImpl):
     The following keywords may be given to `MLPotential` and to `createSystem` or
     `createMixedSystem`, where they override:
 
+    engine
+        ``'auto'`` (default), ``'python'`` (fused kernels, a `PythonForce`) or ``'eager'`` (plain
+        torch, slow and simple, a `PythonForce`).
     precision
-        ``'single'`` (default) or ``'double'``: the arithmetic of the network. Energies and
-        forces are summed in double either way.
+        ``'single'`` (default), ``'mixed'`` (half-precision storage of what is gathered; not for
+        ``'eager'``) or ``'double'``: the arithmetic of the network. Energies and forces are summed
+        in double either way.
     device
         Where the student runs, such as ``'cpu'`` or ``'cuda:1'``. By default CUDA if there is
         any, else the CPU. A `PythonForce` is not told on which device its Context runs: where
@@ -85,6 +102,10 @@ class MLFFDPotentialImpl(MLPotentialImpl):
         protonated and deprotonated groups from their hydrogens, and it knows closed shells only.
     allowMissingHydrogens
         Accept molecules that have carbon but, against expectation, no hydrogens.
+    selfTest
+        Whether the first evaluation compares the student at work with the plain network in double
+        precision and with finite differences (the default), see `openmm_selftest`. It takes as
+        long as about twenty steps, once for each System and process.
 
     The box is periodic if the Topology has box vectors. A System that is stored as XML holds
     the student's name, path and SHA-256, not its weights; reading it needs openmm_mlffd and the
@@ -178,6 +199,8 @@ class MLFFDPotentialImpl(MLPotentialImpl):
                 periodic=_is_periodic(topology, system),
                 precision=options.precision or "single",
                 device=None if options.device is None else str(options.device),
+                kernels=ENGINES[options.engine or "auto"],
+                self_test=options.selfTest,
             )
         )
         computation.start()  # a damaged student is reported here, not in the first step

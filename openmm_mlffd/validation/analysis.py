@@ -93,6 +93,36 @@ def make_frame(positions: Any, topology: Any) -> mdtraj.Trajectory:
     return frame
 
 
+def make_trajectory(
+    positions: NDArray[np.floating[Any]],
+    topology: Any,
+    *,
+    cell: NDArray[np.float64] | None = None,
+    time: NDArray[np.float64] | None = None,
+) -> mdtraj.Trajectory:
+    """Frames from arrays.
+
+    Parameters
+    ----------
+    positions
+        [Å], shape ``(n_frames, n_atoms, 3)``.
+    topology
+        OpenMM's Topology.
+    cell
+        Box vectors as rows [Å], shape ``(n_frames, 3, 3)``; None for no box.
+    time
+        [ps], shape ``(n_frames,)``.
+    """
+    frames = mdtraj.Trajectory(
+        np.asarray(positions, np.float32) / np.float32(ANGSTROM_PER_NM),
+        mdtraj.Topology.from_openmm(topology),
+        time=time,
+    )
+    if cell is not None:
+        frames.unitcell_vectors = (cell / ANGSTROM_PER_NM).astype(np.float32)
+    return frames
+
+
 def backbone_dihedrals(trajectory: mdtraj.Trajectory) -> Dihedrals:
     """Phi and psi of every residue that has both.
 

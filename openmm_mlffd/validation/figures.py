@@ -1,6 +1,7 @@
 """Figures of a validation report, as SVG text. Uses no global state of Matplotlib."""
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -35,25 +36,42 @@ _STYLE: Any = {
 }
 
 
-class _Canvas:
+class Canvas:
     """Axes side by side, and the SVG of them."""
+
+    figure: Figure
+    """All of it."""
+
+    axes: list[Axes]
+    """From left to right."""
 
     def __init__(self, n_columns: int, width: float, height: float) -> None:
         self.figure = Figure(figsize=(width * n_columns, height), layout="constrained")
-        self.axes: list[Axes] = [
-            self.figure.add_subplot(1, n_columns, i + 1) for i in range(n_columns)
-        ]
+        self.axes = [self.figure.add_subplot(1, n_columns, i + 1) for i in range(n_columns)]
 
     def svg(self) -> str:
+        """The figure; what is rasterised in it has 160 dots per inch."""
         text = io.StringIO()
-        self.figure.savefig(text, format="svg", metadata={"Date": None})
-        return text.getvalue()
+        self.figure.savefig(text, format="svg", metadata={"Date": None}, dpi=160)
+        return _shorten(text.getvalue())
+
+
+_COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
+_DECIMALS = re.compile(r"(\.\d\d)\d+")
+_FILLING = re.compile(r"<!--.*?-->|\n\s*(?=<)", re.S)
+
+
+def _shorten(svg: str) -> str:
+    """Half as long: coordinates to hundredths of a point, no comments, no blank space."""
+    short = _COORDINATES.sub(lambda found: _DECIMALS.sub(r"\1", found[0]), svg)
+    return _FILLING.sub("", short)
 
 
 @contextmanager
-def _axes(n_columns: int = 1, *, width: float = 3.6, height: float = 2.7) -> Iterator[_Canvas]:
+def new_canvas(n_columns: int = 1, *, width: float = 3.6, height: float = 2.7) -> Iterator[Canvas]:
+    """Axes of so many inches side by side, in the style of the reports."""
     with matplotlib.rc_context(_STYLE):
-        yield _Canvas(n_columns, width, height)
+        yield Canvas(n_columns, width, height)
 
 
 def draw_energies(traces: Sequence[EnergyTrace]) -> str:
@@ -72,7 +90,7 @@ def draw_energies(traces: Sequence[EnergyTrace]) -> str:
     str
         SVG.
     """
-    with _axes(2, width=3.8) as canvas:
+    with new_canvas(2, width=3.8) as canvas:
         exchange, total = canvas.axes
         finest = traces[0]
         energies = {
@@ -94,7 +112,7 @@ def draw_energies(traces: Sequence[EnergyTrace]) -> str:
         for axes in canvas.axes:
             axes.locator_params(axis="x", nbins=5)
             axes.set_xlabel("time [ps]")
-            _legend_above(axes)
+            legend_above(axes)
         return canvas.svg()
 
 
@@ -126,7 +144,7 @@ def draw_series(
     str
         SVG.
     """
-    with _axes(width=4.2) as canvas:
+    with new_canvas(width=4.2) as canvas:
         (axes,) = canvas.axes
         for label, series in values.items():
             axes.plot(time, series, label=label)
@@ -136,7 +154,7 @@ def draw_series(
         axes.set_ylabel(ylabel)
         axes.set_xlim(time[0], time[-1])
         if len(values) > 1 or target is not None:
-            _legend_above(axes)
+            legend_above(axes)
         return canvas.svg()
 
 
@@ -148,7 +166,7 @@ def draw_ramachandran(dihedrals: Dihedrals) -> str:
     str
         SVG.
     """
-    with _axes(width=4.2, height=3.4) as canvas:
+    with new_canvas(width=4.2, height=3.4) as canvas:
         (axes,) = canvas.axes
         n_frames, n_residues = dihedrals.phi.shape
         frame = np.repeat(np.arange(n_frames), n_residues)
@@ -185,7 +203,7 @@ def draw_radial(
     str
         SVG.
     """
-    with _axes(width=4.2) as canvas:
+    with new_canvas(width=4.2) as canvas:
         (axes,) = canvas.axes
         axes.axhline(1.0, color=GREY, linewidth=0.6)
         for label, curve in curves.items():
@@ -196,12 +214,16 @@ def draw_radial(
         axes.set_ylabel("g(r)")
         axes.set_xlim(left=min(2.0, min(float(c.r[np.argmax(c.g > 0)]) for c in curves.values())))
         axes.set_ylim(bottom=0)
-        _legend_above(axes)
+        legend_above(axes)
         return canvas.svg()
 
 
-def _legend_above(axes: Axes) -> None:
+def legend_above(axes: Axes) -> None:
+    """Put the legend above the axes, in as many columns as there is room for, up to four."""
+    longest = max(map(len, axes.get_legend_handles_labels()[1]), default=1)
+    room = axes.figure.get_figwidth() / len(axes.figure.axes) - 0.7  # inches
+    columns = int(room / (0.08 * longest + 0.35))
     axes.legend(
-        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4,
+        loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(4, max(1, columns)),
         columnspacing=1.2, handlelength=1.4, borderaxespad=0.2,
     )  # fmt: skip

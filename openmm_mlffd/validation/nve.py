@@ -172,7 +172,7 @@ def equilibrate(
         temperature * unit.kelvin, 5 / unit.picosecond, timestep * unit.femtosecond
     )
     integrator.setRandomNumberSeed(seed)
-    context = _context(system, integrator, platform)
+    context = make_context(system, integrator, platform)
     context.setPositions(positions)
     openmm.LocalEnergyMinimizer.minimize(context, maxIterations=200)
     context.setVelocitiesToTemperature(temperature * unit.kelvin, seed)
@@ -224,8 +224,35 @@ def run_nve(
     openmm.OpenMMException
         If the run explodes.
     """
+    trace, _ = run_nve_segment(
+        system,
+        start,
+        timestep=timestep,
+        picoseconds=picoseconds,
+        sample=sample,
+        platform=platform,
+        progress=progress,
+    )
+    return trace
+
+
+def run_nve_segment(
+    system: openmm.System,
+    start: openmm.State,
+    *,
+    timestep: float = 0.5,
+    picoseconds: float = 2.0,
+    sample: float = 1.0,
+    platform: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[EnergyTrace, openmm.State]:
+    """Do what `run_nve` does, and give the State at the end: the start of the next segment.
+
+    Segments follow the trajectory of one long run to rounding. The shadow energy is not known
+    in the first three steps of each.
+    """
     integrator = velocity_verlet(timestep)
-    context = _context(system, integrator, platform)
+    context = make_context(system, integrator, platform)
     _set_start(context, start)
     every = max(1, round(sample / timestep))
     n_steps = _count(picoseconds, timestep) // every * every
@@ -254,7 +281,7 @@ def run_nve(
     if system.getNumConstraints():
         shadow[:] = math.nan
     particles = range(system.getNumParticles())
-    return EnergyTrace(
+    trace = EnergyTrace(
         timestep=timestep,
         time=np.arange(len(energies), dtype=np.float64) * (every * timestep * 1e-3),
         potential=potential,
@@ -265,6 +292,7 @@ def run_nve(
         end=_nanometers(context.getState(positions=True)),
         seconds_per_step=seconds / n_steps,
     )
+    return trace, context.getState(positions=True, velocities=True)
 
 
 def measure_nve(
@@ -353,7 +381,7 @@ def time_reversal_error(
         As for `run_nve`.
     """
     integrator = velocity_verlet(timestep)
-    context = _context(system, integrator, platform)
+    context = make_context(system, integrator, platform)
     _set_start(context, start)
     integrator.step(steps)
     context.setVelocities(-context.getState(velocities=True).getVelocities(asNumpy=True))
@@ -388,7 +416,10 @@ def _steps(integrator: Any, n_steps: int, every: int, progress: Progress | None)
             progress(done, n_steps)
 
 
-def _context(system: openmm.System, integrator: Any, platform: str | None) -> openmm.Context:
+def make_context(
+    system: openmm.System, integrator: Any, platform: str | None = None
+) -> openmm.Context:
+    """A Context in double precision, where the platform has a choice; None is OpenMM's choice."""
     if platform is None:
         # what OpenMM would choose, to know whether it has a choice of precision
         probe = openmm.System()

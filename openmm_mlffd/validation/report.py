@@ -119,8 +119,13 @@ def number(value: float, digits: int = 3) -> str:
             text = f"{value:.0f}"
         else:
             mantissa, exponent = text.split("e")
-            text = f"{mantissa}·10^{int(exponent)}"
+            text = f"{mantissa}·10{exponent_text(int(exponent))}"
     return text.rstrip(".").replace("-", "−")
+
+
+def exponent_text(exponent: int) -> str:
+    """A power in superscript digits: exponent_text(-5) is '⁻⁵'."""
+    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def conservation_table(runs: Sequence[Conservation], ratios: Sequence[float]) -> TableBlock:

@@ -75,6 +75,11 @@ def read_sdf(path: str | Path) -> tuple[app.Topology, Any]:
         molecule = next(iter(supplier), None)
     if molecule is None:
         raise StructureError(f"{path}: the first entry is not a molecule that RDKit can read")
+    return topology_of(molecule, path)
+
+
+def topology_of(molecule: Any, path: str | Path) -> tuple[app.Topology, Any]:
+    """Topology and positions of an RDKit molecule; arguments and errors as `read_sdf`."""
     missing = sum(atom.GetTotalNumHs() for atom in molecule.GetAtoms())
     if missing:
         raise StructureError(

@@ -328,7 +328,7 @@ def test_a_periodic_direction_needs_a_vector(molecule):
 
 
 def test_wrong_arguments_are_refused(student_file):
-    with pytest.raises(ValueError, match="single, double"):
+    with pytest.raises(ValueError, match="single, mixed, double"):
         MLFFDCalculator(student_file, precision="half")
     with pytest.raises(ValueError, match="there are cpu"):
         MLFFDCalculator(student_file, device="cuda:99")

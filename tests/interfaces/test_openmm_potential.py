@@ -227,7 +227,7 @@ def test_ctrl_c_during_an_evaluation_has_a_text(make_system, make_context, ethan
         raise KeyboardInterrupt
 
     context = make_context(make_system(ethanol), ethanol.positions)
-    monkeypatch.setattr(Evaluator, "predict", interrupted)
+    monkeypatch.setattr(Evaluator, "_check", interrupted)
     with pytest.raises(openmm.OpenMMException, match="stopped from the keyboard"):
         context.getState(energy=True)
 

@@ -84,9 +84,9 @@ def test_keywords_in_the_wrong_place_are_refused(potential, make_topology, ethan
 def test_values_that_cannot_be_met_are_refused(student_file, potential, make_topology, ethanol):
     topology = make_topology(*ethanol)
     for keywords in ({"precision": "half"}, {"device": "cuda:99"}):
-        with pytest.raises(ValueError, match=r"single, double|there are cpu"):
+        with pytest.raises(ValueError, match=r"single, mixed, double|there are cpu"):
             MLPotential("mlffd", modelPath=student_file, **keywords)
-        with pytest.raises(ValueError, match=r"single, double|there are cpu"):
+        with pytest.raises(ValueError, match=r"single, mixed, double|there are cpu"):
             potential.createSystem(topology, **keywords)
 
 

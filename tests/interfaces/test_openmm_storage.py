@@ -164,7 +164,8 @@ def test_reading_a_system_never_raises_since_openmm_would_crash(make_system, mak
     settings = pickle.loads(payload).settings
     for broken, text in [
         ({"version": 99}, "version 99 of the format"),
-        ({"precision": "half"}, "single, double"),
+        ({"precision": "half"}, "single, mixed, double"),
+        ({"kernels": "best"}, "auto, fused, eager"),
         ({"device": "cuda:99"}, "there are cpu"),
         ({"numbers": [1]}, r"shape \(1, 3\) are needed"),
     ]:

@@ -82,5 +82,5 @@ def test_configuration_cannot_be_changed(write):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configurations_that_come_with_the_package_are_valid(path):
     config = load_config(path)
-    assert config.name == "default"
+    assert path.stem.split("_")[0] == config.name
     assert config.data.files

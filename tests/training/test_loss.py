@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from openmm_mlffd.potential import Prediction
 from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import LossConfig
-from openmm_mlffd.training.loss import huber, loss_terms
+from openmm_mlffd.training.loss import NetworkPrediction, huber, loss_terms
+from openmm_mlffd.training.targets import training_batch
 
 CONFIG = LossConfig(energy=5.0, forces=2.0, stress=0.5, angle=0.1)
 TERMS = ("energy", "forces", "stress", "angle")
@@ -17,11 +17,17 @@ TERMS = ("energy", "forces", "stress", "angle")
 def batch(make_structures, make_student):
     structures = make_structures(12)
     student = make_student(elements=["H", "C", "O"], references=[0.0] * 3)
-    return make_batch(structures, student, torch.device("cpu"))
+    return training_batch(make_batch(structures, student, torch.device("cpu")), student)
 
 
 def labels(batch):
-    return Prediction(batch.energy, batch.forces, batch.virial.nan_to_num(), batch.forces[:, 0])
+    return NetworkPrediction(
+        batch.energy,
+        batch.forces,
+        batch.virial.nan_to_num(),
+        batch.charges.nan_to_num(),
+        batch.curvature.nan_to_num(),
+    )
 
 
 def wrong(batch, seed=0):
@@ -32,11 +38,12 @@ def wrong(batch, seed=0):
         return torch.randn(like.shape, generator=generator, dtype=torch.float64)
 
     exact = labels(batch)
-    return Prediction(
+    return NetworkPrediction(
         exact.energy + 0.02 * batch.n_atoms * noise(exact.energy),
         exact.forces + 0.1 * noise(exact.forces),
         exact.virial + 0.02 * batch.n_atoms[:, None, None] * noise(exact.virial),
-        exact.atom_energies,
+        exact.charges + 0.03 * noise(exact.charges),
+        exact.curvature,
     )
 
 

@@ -210,6 +210,33 @@ def test_options_are_json_where_they_can_be():
 # SO3LR and GFN2-xTB
 
 
+_COMPARE_PAIRS = """
+import sys; sys.path.insert(0, sys.argv[1])
+import numpy as np, so3lr, torch
+rng = np.random.default_rng(0)
+upright, skewed = np.diag([9.0, 11.0, 13.0]), np.array([[8.0, 0, 0], [3, 9, 0], [-2, 1, 7]])
+for n, cell in ((60, upright), (40, skewed), (3, 3 * upright)):
+    x = rng.uniform(-1, 2, size=(n, 3)) @ cell  # some outside of the box
+    lists = so3lr.pairs(x, cell, True, 4.5)
+    tried = so3lr.pairs_by_trying_all(x, cell, 4.5, torch.device("cpu"))
+    for each_once, mine, other in zip((False, True), lists, tried):
+        def as_set(edges):
+            rows = {(int(i), int(j), *np.rint(s).astype(int).tolist()) for i, j, s in zip(*edges)}
+            return {min(r, (r[1], r[0], -r[2], -r[3], -r[4])) if each_once else r for r in rows}
+        assert len(mine[0]) == len(other[0]) == len(as_set(mine)) and as_set(mine) == as_set(other)
+print("alike")
+"""
+
+
+def test_pairs_of_a_box_are_those_of_the_cell_list_when_all_are_tried(teacher_python):
+    folder = Path(teacher_worker.__file__).parent
+    said = subprocess.run(
+        [teacher_python, "-c", _COMPARE_PAIRS, folder],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert said.stdout == "alike\n"
+
+
 def test_so3lr_gives_the_labels_of_the_sample(teacher_python, data_folder):
     with Dataset(data_folder / "sample.h5") as dataset:
         subset = np.array(dataset.subsets)[dataset.subset]

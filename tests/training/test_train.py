@@ -6,6 +6,7 @@ import pickle
 import resource
 import shutil
 import signal
+import time
 from dataclasses import asdict, replace
 
 import h5py
@@ -19,7 +20,8 @@ from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import ConfigError, DataConfig, OptimizerConfig
 from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset
-from openmm_mlffd.training.train import Trainer, TrainingError, learning_rate, pick_device, train
+from openmm_mlffd.training.schedule import learning_rate
+from openmm_mlffd.training.train import Trainer, TrainingError, pick_device, train
 
 OFFSETS = [-13.6, -1029.4, -2043.7]  # planted in the Morse clusters
 CPU = torch.device("cpu")
@@ -407,3 +409,38 @@ def test_devices_that_are_not_here_are_named():
     for name in ("cuda:99", "gpu"):
         with pytest.raises(ConfigError, match=f"device: .*{name}.*there are cpu"):
             pick_device(name)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_run_fitted_to_a_time_ends_its_schedule_with_it(morse_config, monkeypatch, muon):
+    now = [0.0]  # a clock that steps move
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    optimizer = {"learning_rate": 1e-3, "muon": muon}
+    trainer = Trainer(morse_config(epochs=10_000, fit_minutes=5, optimizer=optimizer))
+    rates = []
+
+    def timed(batch, lr):
+        rates.append(lr)
+        now[0] += 2.0
+        original(batch, lr)
+
+    original = trainer._step
+    monkeypatch.setattr(trainer, "_step", timed)
+    trainer.run()
+    assert trainer.finished
+    assert trainer.progress.step == 150
+    assert rates[-1] < 0.02 * max(rates)
+    assert (trainer.folder / "student.safetensors").exists()
+
+
+def test_run_with_muon_goes_on_as_if_it_had_not_stopped(morse_config, tmp_path):
+    optimizer = {"learning_rate": 1e-3, "muon": True}
+    whole = Trainer(morse_config(epochs=2, optimizer=optimizer, output=str(tmp_path / "whole")))
+    whole.run()
+    config = morse_config(epochs=2, optimizer=optimizer)
+    first = Interrupted(config, 15, lambda: signal.raise_signal(signal.SIGTERM))
+    first.run()
+    rest = Trainer(config)
+    assert 0 < rest.progress.step < whole.progress.step
+    rest.run()
+    assert_same_run(rest, whole)

@@ -47,6 +47,8 @@ def test_the_demo_writes_its_report_and_its_numbers(tmp_path):
         ("02_train_a_student.py", ["--quick", "--output", "out"], "follows the teacher's"),
         ("03_mixed_ml_mm.py", ["--steps", "10"], "constraints:"),
         ("04_ase.py", ["--steps", "5"], "GPa"),
+        ("05_ligand_in_protein.py", ["--steps", "10"], "14 atoms and 1 caps"),
+        ("06_multiple_time_steps.py", ["--picoseconds", "0.02"], "teacher every 2 fs"),
     ],
 )
 def test_the_other_examples_run(tmp_path, name, arguments, said):

@@ -1,0 +1,240 @@
+"""Geometry of the edges, and forces from what the edges' gradients are.
+
+A group of lanes owns an atom and walks its row; all of it in double precision, from the positions.
+
+The network sees softened distances d = √(r² + ε²), and those within the core of a pair of
+elements compressed (`radial.compress_core`): d → ρ(d). The chain rule back to positions, with
+ρ' and the projection of ∂u/∂r = (1 - u uᵀ) / d, is applied once here, not in each block.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import warp as wp
+
+from openmm_mlffd.kernels.message_kernels import NATIVE_TYPES
+
+_EDGE = """
+    typedef REAL real;
+#if defined(__CUDA_ARCH__)
+    constexpr int LANES = 32;
+#else
+    constexpr int LANES = 1;
+#endif
+    const int lane = thread % LANES, atom = thread / LANES;
+    const long long row = (long long)atom * capacity;
+    const int* neighbors = (const int*)neighbors_;
+    const int n_counted = ((const int*)counts_)[atom];
+    const int n_slots = n_counted < capacity ? n_counted : capacity;
+    const double* x = (const double*)positions_;
+    const int* species = (const int*)species_;
+    const double* box = (const double*)cell_ + 9 * ((const int*)system_)[atom];
+    // a pair of elements: core, reach of the repulsion, 1 / screening length, strength
+    const double* pairs = (const double*)pairs_ + 4 * n_elements * species[atom];
+    const double x0 = x[3 * atom], x1 = x[3 * atom + 1], x2 = x[3 * atom + 2];
+    // of slot s: neighbor j, vector r, softened length d; not `near` beyond the cutoff
+    #define EDGE(s)                                                                         \\
+        const int j = neighbors[row + (s)];                                                 \\
+        const long long image = ((const long long*)images_)[row + (s)];                     \\
+        const double n0 = (double)((image & 0x1fffff) - 0x100000),                          \\
+                     n1 = (double)(((image >> 21) & 0x1fffff) - 0x100000),                  \\
+                     n2 = (double)(((image >> 42) & 0x1fffff) - 0x100000);                  \\
+        const double r0 = x[3 * j] - x0 + (n0 * box[0] + n1 * box[3] + n2 * box[6]),        \\
+                     r1 = x[3 * j + 1] - x1 + (n0 * box[1] + n1 * box[4] + n2 * box[7]),    \\
+                     r2 = x[3 * j + 2] - x2 + (n0 * box[2] + n1 * box[5] + n2 * box[8]);    \\
+        const double square = r0 * r0 + r1 * r1 + r2 * r2;                                  \\
+        const double d = ::sqrt(square + softening * softening), inverse = 1.0 / d;         \\
+        const bool near = square < cutoff * cutoff;                                         \\
+        const double* pair = pairs + 4 * species[j]
+"""
+
+_GEOMETRY = """
+    real* geometry = (real*)geometry_;
+    for (int s = lane; s < n_slots; s += LANES) {
+        EDGE(s);
+        double seen = d;
+        if (d < pair[0]) {
+            const double t = d / pair[0], t3 = t * t * t;
+            seen = pair[0] * (5.0 / 7.0 + t3 * t3 * (1.0 - 5.0 / 7.0 * t));
+        }
+        real* to = geometry + 4 * (row + s);
+        to[0] = (real)(r0 * inverse); to[1] = (real)(r1 * inverse); to[2] = (real)(r2 * inverse);
+        to[3] = near && seen < cutoff ? (real)((seen - shortest) * per_interval) : (real)-1;
+    }
+"""
+
+_FORCES = """
+    const real* by_slot = (const real*)by_slot_;
+    const int* reverse = (const int*)reverse_;
+    double total[10] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
+    for (int s = lane; s < n_slots; s += LANES) {
+        EDGE(s);
+        const int back = reverse[row + s];
+        if (!near || back < 0) continue;
+        const double u0 = r0 * inverse, u1 = r1 * inverse, u2 = r2 * inverse;
+        double chain = per_interval;
+        if (d < pair[0]) {
+            const double t = d / pair[0], t2 = t * t, t5 = t2 * t2 * t;
+            chain *= t5 * (6.0 - 5.0 * t);
+        }
+        // this slot: the edge that the atom sent, -r; the other: the one that it received, r
+        const real* mine = by_slot + 4 * (row + s);
+        const real* other = by_slot + 4 * ((long long)j * capacity + back);
+        const double m0 = mine[0], m1 = mine[1], m2 = mine[2], o0 = other[0], o1 = other[1],
+                     o2 = other[2];
+        const double m_along = m0 * u0 + m1 * u1 + m2 * u2,
+                     o_along = o0 * u0 + o1 * u1 + o2 * u2;
+        const double m_length = -(double)mine[3] * chain, o_length = (double)other[3] * chain;
+        double e0 = (o0 - u0 * o_along) * inverse + o_length * u0,
+               e1 = (o1 - u1 * o_along) * inverse + o_length * u1,
+               e2 = (o2 - u2 * o_along) * inverse + o_length * u2;
+        double f0 = e0 - (m0 - u0 * m_along) * inverse - m_length * u0,
+               f1 = e1 - (m1 - u1 * m_along) * inverse - m_length * u1,
+               f2 = e2 - (m2 - u2 * m_along) * inverse - m_length * u2;
+        if (d < pair[1]) {  // the repulsion of Ziegler, Biersack and Littmark
+            const double y = d * pair[2], c = d / pair[1], c2 = c * c, c5 = c2 * c2 * c;
+            const double a = 0.18175 * ::exp(-3.19980 * y), b = 0.50986 * ::exp(-0.94229 * y),
+                         g = 0.28022 * ::exp(-0.40290 * y), h = 0.02817 * ::exp(-0.20162 * y);
+            const double phi = a + b + g + h;
+            const double dphi = -pair[2] * (3.19980 * a + 0.94229 * b + 0.40290 * g + 0.20162 * h);
+            const double cut = 1.0 + c5 * c * (-28.0 + c * (48.0 - 21.0 * c));
+            const double dcut = c5 * (-168.0 + c * (336.0 - 168.0 * c)) / pair[1];
+            const double bare = pair[3] * inverse;
+            const double slope = bare * (dphi * cut + phi * dcut - phi * cut * inverse);
+            total[3] += 0.5 * bare * phi * cut;
+            f0 += slope * u0; f1 += slope * u1; f2 += slope * u2;
+            e0 += 0.5 * slope * u0; e1 += 0.5 * slope * u1; e2 += 0.5 * slope * u2;
+        }
+        total[0] += f0; total[1] += f1; total[2] += f2;
+        if (with_virial) {
+            total[4] += r0 * e0; total[5] += r1 * e1; total[6] += r2 * e2;
+            total[7] += 0.5 * (r1 * e2 + r2 * e1);
+            total[8] += 0.5 * (r0 * e2 + r2 * e0);
+            total[9] += 0.5 * (r0 * e1 + r1 * e0);
+        }
+    }
+    const int n_totals = with_virial ? 10 : 4;
+#if defined(__CUDA_ARCH__)
+    for (int o = 16; o > 0; o /= 2)
+        for (int k = 0; k < n_totals; ++k) total[k] += __shfl_xor_sync(~0u, total[k], o);
+#endif
+    if (lane == 0) {
+        double* out = (double*)out_ + 10 * atom;
+        for (int k = 0; k < 10; ++k) out[k] = k < n_totals ? total[k] : 0.0;
+    }
+"""
+
+
+@cache
+def geometry_kernel(real: torch.dtype) -> Any:
+    """geometry[i, s] = (u, intervals of ρ(d) from the shortest), or -1 beyond the cutoff."""
+
+    @wp.func_native((_EDGE + _GEOMETRY).replace("REAL", NATIVE_TYPES[real]))
+    def geometry_row(
+        thread: wp.int32,
+        capacity: wp.int32,
+        n_elements: wp.int32,
+        cutoff: wp.float64,
+        softening: wp.float64,
+        shortest: wp.float64,
+        per_interval: wp.float64,
+        positions_: wp.uint64,
+        cell_: wp.uint64,
+        system_: wp.uint64,
+        species_: wp.uint64,
+        pairs_: wp.uint64,
+        neighbors_: wp.uint64,
+        images_: wp.uint64,
+        counts_: wp.uint64,
+        geometry_: wp.uint64,
+    ): ...
+
+    def edge_geometry(
+        # in
+        capacity: wp.int32,
+        n_elements: wp.int32,
+        cutoff: wp.float64,
+        softening: wp.float64,
+        shortest: wp.float64,
+        per_interval: wp.float64,
+        positions: wp.uint64,  # float64 (n_atoms, 3)
+        cell: wp.uint64,  # float64 (n_systems, 3, 3)
+        system: wp.uint64,  # int32 (n_atoms,)
+        species: wp.uint64,  # int32 (n_atoms,)
+        pairs: wp.uint64,  # float64 (n_elements, n_elements, 4)
+        neighbors: wp.uint64,  # int32 (n_atoms, capacity)
+        images: wp.uint64,  # int64 (n_atoms, capacity)
+        counts: wp.uint64,  # int32 (n_atoms,)
+        # out
+        geometry: wp.uint64,  # real (n_atoms, capacity, 4)
+    ):
+        geometry_row(
+            wp.tid(), capacity, n_elements, cutoff, softening, shortest, per_interval, positions,
+            cell, system, species, pairs, neighbors, images, counts, geometry,
+        )  # fmt: skip
+
+    return _kernel(edge_geometry, f"edge_geometry_{NATIVE_TYPES[real]}")
+
+
+@cache
+def forces_kernel(real: torch.dtype) -> Any:
+    """Force on each atom, its repulsion, and its share of the virial, without atomics.
+
+    F_i = Σ_s (gradient by the edge it received) - (gradient by the edge it sent).
+    """
+
+    @wp.func_native((_EDGE + _FORCES).replace("REAL", NATIVE_TYPES[real]))
+    def forces_row(
+        thread: wp.int32,
+        capacity: wp.int32,
+        n_elements: wp.int32,
+        with_virial: wp.int32,
+        cutoff: wp.float64,
+        softening: wp.float64,
+        per_interval: wp.float64,
+        positions_: wp.uint64,
+        cell_: wp.uint64,
+        system_: wp.uint64,
+        species_: wp.uint64,
+        pairs_: wp.uint64,
+        neighbors_: wp.uint64,
+        images_: wp.uint64,
+        reverse_: wp.uint64,
+        counts_: wp.uint64,
+        by_slot_: wp.uint64,
+        out_: wp.uint64,
+    ): ...
+
+    def edge_forces(
+        # in
+        capacity: wp.int32,
+        n_elements: wp.int32,
+        with_virial: wp.int32,
+        cutoff: wp.float64,
+        softening: wp.float64,
+        per_interval: wp.float64,
+        positions: wp.uint64,  # float64 (n_atoms, 3)
+        cell: wp.uint64,  # float64 (n_systems, 3, 3)
+        system: wp.uint64,  # int32 (n_atoms,)
+        species: wp.uint64,  # int32 (n_atoms,)
+        pairs: wp.uint64,  # float64 (n_elements, n_elements, 4)
+        neighbors: wp.uint64,  # int32 (n_atoms, capacity)
+        images: wp.uint64,  # int64 (n_atoms, capacity)
+        reverse: wp.uint64,  # int32 (n_atoms, capacity)
+        counts: wp.uint64,  # int32 (n_atoms,)
+        by_slot: wp.uint64,  # real (n_atoms, capacity, 4), as the message kernels leave it
+        # out
+        totals: wp.uint64,  # float64 (n_atoms, 10): force, repulsion, virial xx yy zz yz xz xy
+    ):
+        forces_row(
+            wp.tid(), capacity, n_elements, with_virial, cutoff, softening, per_interval,
+            positions, cell, system, species, pairs, neighbors, images, reverse, counts, by_slot,
+            totals,
+        )  # fmt: skip
+
+    return _kernel(edge_forces, f"edge_forces_{NATIVE_TYPES[real]}")
+
+
+def _kernel(function: Any, name: str) -> Any:
+    return wp.kernel(function, name=name, enable_backward=False, module=f"mlffd_{name}")

@@ -1,0 +1,389 @@
+"""PaiNN's messages with tabulated filters. A group of lanes owns an atom and walks its row.
+
+On CUDA a lane has up to four channels of 128 and gathers them with one wide load; on the CPU one
+lane has them all, and the loops over channels become vector instructions. Sums stay with their
+owner: no atomics, and every bit the same at each launch.
+
+A slot of the geometry holds the unit vector from the row's atom to its neighbor and the distance
+in units of the spline's intervals; a negative one is beyond the cutoff. Backward, the row's atom
+is the sender of what its neighbors received, so that sums stay in its row again: the slot then
+belongs to the edge in the other direction.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import warp as wp
+
+NATIVE_TYPES = {torch.float16: "wp::half", torch.float32: "float", torch.float64: "double"}
+_CHANNELS_PER_LANE = 4
+_WARP = 32
+
+
+class Variant(NamedTuple):
+    """What a kernel is compiled for."""
+
+    n_channels: int
+    """Features of an atom."""
+
+    first: bool
+    """The first block: no vectors to pass on, and rows are looked up by species."""
+
+    degree: int
+    """Of the spline, odd."""
+
+    real: torch.dtype
+    """Arithmetic and sums."""
+
+    stored: torch.dtype
+    """Features that are gathered, and the table."""
+
+    @property
+    def lanes(self) -> int:
+        """Lanes that share an atom on CUDA: a power of two that divides the channels."""
+        lanes = 1
+        while (
+            self.n_channels % (2 * lanes) == 0
+            and lanes < _WARP
+            and self.n_channels // (2 * lanes) >= min(_CHANNELS_PER_LANE, self.n_channels // _WARP)
+        ):
+            lanes *= 2
+        return lanes
+
+    @property
+    def name(self) -> str:
+        """Of the kernel, in letters and digits."""
+        real, stored = (str(t).removeprefix("torch.float") for t in (self.real, self.stored))
+        block = "first" if self.first else "later"
+        return f"{block}_c{self.n_channels}_p{self.degree}_f{real}_s{stored}"
+
+
+_COMMON = """
+    typedef REAL real;
+    typedef STORED stored;
+    constexpr int C = N_CHANNELS, P = DEGREE, NF = N_FILTERS;
+#if defined(__CUDA_ARCH__)
+    constexpr int LANES = CUDA_LANES;
+#else
+    constexpr int LANES = 1;
+#endif
+    constexpr int CPL = C / LANES;  // channels per lane
+    const int lane = thread % LANES, group = thread / LANES;
+    const int atom = group % n_atoms, part = group / n_atoms;
+    const int c0 = lane * CPL;
+    const long long row = (long long)atom * capacity;
+    const real* geometry = (const real*)geometry_;
+    const int* neighbors = (const int*)neighbors_;
+    const stored* table = (const stored*)table_ + c0;
+    const int n_slots = ((const int*)counts_)[atom] < capacity ? ((const int*)counts_)[atom]
+                                                                : capacity;
+#if defined(__CUDA_ARCH__)
+    // a struct of so many bytes is loaded by one instruction
+    constexpr int WIDE = CPL * sizeof(stored) < 16 ? CPL * sizeof(stored) : 16;
+    struct alignas(WIDE) Pack { stored v[CPL]; };
+    #define LOAD(to, from) Pack to##_pack = *(const Pack*)(from); const stored* to = to##_pack.v
+    struct alignas(4 * sizeof(real) < 16 ? 4 * sizeof(real) : 16) Slot { real v[4]; };
+    #define LOAD_SLOT(to, from) Slot to##_slot = *(const Slot*)(from); const real* to = to##_slot.v
+#else
+    #define LOAD(to, from) const stored* to = (from)
+    #define LOAD_SLOT(to, from) const real* to = (from)
+#endif
+    // basis splines of degree P - 1 in `low`, then of degree P in `w`, and their slopes in `dw`
+    #define BASIS_SPLINES(t)                                                        \
+        int knot = (int)(t); knot = knot < n_intervals ? knot : n_intervals - 1;    \
+        const real a = (t) - (real)knot;                                            \
+        real low[P], w[P + 1], dw[P + 1];                                           \
+        low[0] = (real)1;                                                           \
+        for (int d = 1; d < P; ++d) {                                               \
+            real carried = (real)0;                                                 \
+            for (int r = 0; r < d; ++r) {                                           \
+                const real share = low[r] * ((real)1 / (real)d);                    \
+                low[r] = carried + ((real)(r + 1) - a) * share;                     \
+                carried = (a + (real)(d - 1 - r)) * share;                          \
+            }                                                                       \
+            low[d] = carried;                                                       \
+        }                                                                           \
+        { real carried = (real)0;                                                   \
+          for (int r = 0; r < P; ++r) {                                             \
+              const real share = low[r] * ((real)1 / (real)P);                      \
+              w[r] = carried + ((real)(r + 1) - a) * share;                         \
+              carried = (a + (real)(P - 1 - r)) * share;                            \
+          }                                                                         \
+          w[P] = carried; }                                                         \
+        dw[0] = -low[0]; dw[P] = low[P - 1];                                        \
+        for (int r = 1; r < P; ++r) dw[r] = low[r - 1] - low[r];                    \
+        const stored* knots = table + (long long)knot * (NF * C)
+#if defined(__CUDA_ARCH__)
+    #define KNOTS(f)                                                                \
+        Pack pack[P + 1];                                                           \
+        for (int q = 0; q <= P; ++q) pack[q] = *(const Pack*)(knots + q * (NF * C) + (f) * C)
+    #define AT_KNOT(q, b) (real)(float_of(pack[q].v[b]))
+#else
+    #define KNOTS(f) const stored* at = knots + (f) * C
+    #define AT_KNOT(q, b) (real)(float_of(at[(q) * (NF * C) + (b)]))
+#endif
+    #define FILTER(value, f) {                                                      \
+        KNOTS(f);                                                                   \
+        for (int b = 0; b < CPL; ++b) {                                             \
+            real sum_v = (real)0;                                                   \
+            for (int q = 0; q <= P; ++q) sum_v += w[q] * AT_KNOT(q, b);             \
+            value[b] = sum_v;                                                       \
+        } }
+    #define FILTER_AND_SLOPE(value, slope, f) {                                     \
+        KNOTS(f);                                                                   \
+        for (int b = 0; b < CPL; ++b) {                                             \
+            real sum_v = (real)0, sum_s = (real)0;                                  \
+            for (int q = 0; q <= P; ++q) {                                          \
+                const real x_q = AT_KNOT(q, b);                                     \
+                sum_v += w[q] * x_q; sum_s += dw[q] * x_q;                          \
+            }                                                                       \
+            value[b] = sum_v; slope[b] = sum_s;                                     \
+        } }
+"""
+
+_FORWARD = """
+    real sum[4][CPL];
+    for (int k = 0; k < 4; ++k) for (int b = 0; b < CPL; ++b) sum[k][b] = (real)0;
+    for (int s = part; s < n_slots; s += n_parts) {
+        LOAD_SLOT(u, geometry + 4 * (row + s));
+        if (u[3] < (real)0) continue;  // the same for all lanes of the atom
+        int sender = neighbors[row + s];
+        if (FIRST) sender = ((const int*)rows_)[sender];
+        const stored* x = (const stored*)features_ + (long long)sender * (N_FEATURES * C) + c0;
+        BASIS_SPLINES(u[3]);
+        (void)dw;
+        real f[CPL];
+        FILTER(f, 0);
+        {
+            LOAD(xs, x);
+            for (int b = 0; b < CPL; ++b) sum[0][b] += f[b] * (real)(float_of(xs[b]));
+        }
+        FILTER(f, 1);
+        {
+            LOAD(xd, x + C);
+            for (int b = 0; b < CPL; ++b) {
+                const real y = f[b] * (real)(float_of(xd[b]));
+                sum[1][b] += y * u[0]; sum[2][b] += y * u[1]; sum[3][b] += y * u[2];
+            }
+        }
+        if (!FIRST) {
+            FILTER(f, (NF - 1));
+            for (int k = 0; k < 3; ++k) {
+                LOAD(xv, x + (2 + k) * C);
+                for (int b = 0; b < CPL; ++b) sum[1 + k][b] += f[b] * (real)(float_of(xv[b]));
+            }
+        }
+    }
+    real* out = (real*)out_ + ((long long)part * n_atoms + atom) * (4 * C) + c0;
+    for (int k = 0; k < 4; ++k) for (int b = 0; b < CPL; ++b) out[k * C + b] = sum[k][b];
+"""
+
+_BACKWARD = """
+    real sum[N_FEATURES][CPL];
+    for (int k = 0; k < N_FEATURES; ++k) for (int b = 0; b < CPL; ++b) sum[k][b] = (real)0;
+    const int own = FIRST ? ((const int*)rows_)[atom] : atom;
+    const stored* x = (const stored*)features_ + (long long)own * (N_FEATURES * C) + c0;
+    for (int s = part; s < n_slots; s += n_parts) {
+        LOAD_SLOT(u, geometry + 4 * (row + s));
+        if (u[3] < (real)0) continue;  // the same for all lanes of the atom
+        const int receiver = neighbors[row + s];
+        const stored* g = (const stored*)gradient_ + (long long)receiver * (4 * C) + c0;
+        BASIS_SPLINES(u[3]);
+        real f[CPL], df[CPL], slope[CPL], du[3][CPL];
+        LOAD(gx, g + C); LOAD(gy, g + 2 * C); LOAD(gz, g + 3 * C);
+        {
+            LOAD(gs, g);
+            LOAD(xs, x);
+            FILTER_AND_SLOPE(f, df, 0);
+            for (int b = 0; b < CPL; ++b) {
+                const real h = (real)(float_of(gs[b]));
+                if (FEATURES) sum[0][b] += f[b] * h;
+                slope[b] = df[b] * (real)(float_of(xs[b])) * h;
+            }
+        }
+        {
+            LOAD(xd, x + C);
+            FILTER_AND_SLOPE(f, df, 1);
+            for (int b = 0; b < CPL; ++b) {
+                const real hx = (real)(float_of(gx[b])), hy = (real)(float_of(gy[b])),
+                           hz = (real)(float_of(gz[b])), y = (real)(float_of(xd[b]));
+                const real along = -(u[0] * hx + u[1] * hy + u[2] * hz);  // the edge comes back
+                if (FEATURES) sum[1][b] += f[b] * along;
+                slope[b] += df[b] * y * along;
+                const real fy = f[b] * y;
+                du[0][b] = fy * hx; du[1][b] = fy * hy; du[2][b] = fy * hz;
+            }
+        }
+        if (!FIRST) {
+            FILTER_AND_SLOPE(f, df, (NF - 1));
+            LOAD(v0, x + 2 * C); LOAD(v1, x + 3 * C); LOAD(v2, x + 4 * C);
+            for (int b = 0; b < CPL; ++b) {
+                const real hx = (real)(float_of(gx[b])), hy = (real)(float_of(gy[b])),
+                           hz = (real)(float_of(gz[b]));
+                if (FEATURES) {
+                    sum[N_FEATURES - 3][b] += f[b] * hx;
+                    sum[N_FEATURES - 2][b] += f[b] * hy;
+                    sum[N_FEATURES - 1][b] += f[b] * hz;
+                }
+                slope[b] += df[b] * ((real)(float_of(v0[b])) * hx + (real)(float_of(v1[b])) * hy
+                                     + (real)(float_of(v2[b])) * hz);
+            }
+        }
+        real total[4] = {(real)0, (real)0, (real)0, (real)0};
+        SUM_CHANNELS
+#if defined(__CUDA_ARCH__)
+        constexpr unsigned SHARE = LANES == 32 ? ~0u : (1u << (LANES % 32)) - 1u;
+        const unsigned mask = SHARE << ((threadIdx.x & 31) & ~(LANES - 1));
+        for (int o = LANES / 2; o > 0; o /= 2)
+            for (int k = 0; k < 4; ++k) total[k] += __shfl_xor_sync(mask, total[k], o);
+#endif
+        if (lane == 0) {
+            real* to = (real*)slots_ + 4 * (row + s);
+            for (int k = 0; k < 4; ++k) to[k] += total[k];
+        }
+    }
+    if (FEATURES) {
+        real* out = (real*)out_ + ((long long)part * n_atoms + atom) * (N_FEATURES * C) + c0;
+        for (int k = 0; k < N_FEATURES; ++k)
+            for (int b = 0; b < CPL; ++b) out[k * C + b] = sum[k][b];
+    }
+"""
+
+# without leave to reorder sums a compiler adds channel by channel: eight sums side by side
+_SUM_CHANNELS = """
+        {
+            constexpr int SIDE = CPL % 8 == 0 ? 8 : 1;
+            real side[4][SIDE];
+            for (int k = 0; k < 4; ++k) for (int b = 0; b < SIDE; ++b) side[k][b] = (real)0;
+            for (int c = 0; c < CPL; c += SIDE)
+                for (int b = 0; b < SIDE; ++b) {
+                    for (int k = 0; k < 3; ++k) side[k][b] += du[k][c + b];
+                    side[3][b] += slope[c + b];
+                }
+            for (int k = 0; k < 4; ++k) for (int b = 0; b < SIDE; ++b) total[k] += side[k][b];
+        }
+"""
+
+
+def snippet(body: str, variant: Variant, **flags: bool) -> str:
+    """Native source of a kernel's body for one variant."""
+    text = (_COMMON + body).replace("SUM_CHANNELS", _SUM_CHANNELS)
+    half = variant.stored == torch.float16
+    values: dict[str, Any] = {
+        "float_of": "wp::half_to_float" if half else "",
+        "N_CHANNELS": variant.n_channels,
+        "N_FEATURES": 2 if variant.first else 5,
+        "N_FILTERS": 2 if variant.first else 3,
+        "CUDA_LANES": variant.lanes,
+        "DEGREE": variant.degree,
+        "FIRST": int(variant.first),
+        "REAL": NATIVE_TYPES[variant.real],
+        "STORED": NATIVE_TYPES[variant.stored],
+    } | {flag: int(value) for flag, value in flags.items()}
+    # longer words first: FEATURES is the end of N_FEATURES
+    for word in sorted(values, key=len, reverse=True):
+        text = text.replace(word, str(values[word]))
+    return text
+
+
+@cache
+def forward_kernel(variant: Variant) -> Any:
+    """sums[part, i, :] = Σ_s messages of neighbor s to atom i: (scalars, vectors), 4 channels."""
+
+    @wp.func_native(snippet(_FORWARD, variant))
+    def message_row(
+        thread: wp.int32,
+        n_atoms: wp.int32,
+        capacity: wp.int32,
+        n_intervals: wp.int32,
+        n_parts: wp.int32,
+        features_: wp.uint64,
+        rows_: wp.uint64,
+        table_: wp.uint64,
+        geometry_: wp.uint64,
+        neighbors_: wp.uint64,
+        counts_: wp.uint64,
+        out_: wp.uint64,
+    ): ...
+
+    def message_forward(
+        # in
+        n_atoms: wp.int32,
+        capacity: wp.int32,
+        n_intervals: wp.int32,
+        n_parts: wp.int32,
+        features: wp.uint64,  # stored (n_rows, 2 or 5, n_channels)
+        rows: wp.uint64,  # int32 (n_atoms,), the first block's
+        table: wp.uint64,  # stored (n_intervals + degree, 2 or 3, n_channels)
+        geometry: wp.uint64,  # real (n_atoms, capacity, 4)
+        neighbors: wp.uint64,  # int32 (n_atoms, capacity)
+        counts: wp.uint64,  # int32 (n_atoms,)
+        # out
+        sums: wp.uint64,  # real (n_parts, n_atoms, 4, n_channels)
+    ):
+        message_row(
+            wp.tid(), n_atoms, capacity, n_intervals, n_parts, features, rows, table, geometry,
+            neighbors, counts, sums,
+        )  # fmt: skip
+
+    return _kernel(message_forward, f"message_forward_{variant.name}")
+
+
+@cache
+def backward_kernel(variant: Variant, with_features: bool) -> Any:
+    """Gradients by an atom's features, and by direction and distance of what it sent."""
+
+    @wp.func_native(snippet(_BACKWARD, variant, FEATURES=with_features))
+    def message_row(
+        thread: wp.int32,
+        n_atoms: wp.int32,
+        capacity: wp.int32,
+        n_intervals: wp.int32,
+        n_parts: wp.int32,
+        gradient_: wp.uint64,
+        features_: wp.uint64,
+        rows_: wp.uint64,
+        table_: wp.uint64,
+        geometry_: wp.uint64,
+        neighbors_: wp.uint64,
+        counts_: wp.uint64,
+        out_: wp.uint64,
+        slots_: wp.uint64,
+    ): ...
+
+    def message_backward(
+        # in
+        n_atoms: wp.int32,
+        capacity: wp.int32,
+        n_intervals: wp.int32,
+        n_parts: wp.int32,
+        gradient: wp.uint64,  # stored (n_atoms, 4, n_channels)
+        features: wp.uint64,  # stored (n_rows, 2 or 5, n_channels)
+        rows: wp.uint64,  # int32 (n_atoms,), the first block's
+        table: wp.uint64,  # stored (n_intervals + degree, 2 or 3, n_channels)
+        geometry: wp.uint64,  # real (n_atoms, capacity, 4)
+        neighbors: wp.uint64,  # int32 (n_atoms, capacity)
+        counts: wp.uint64,  # int32 (n_atoms,)
+        # out
+        by_features: wp.uint64,  # real (n_parts, n_atoms, 2 or 5, n_channels)
+        # in and out
+        by_slot: wp.uint64,  # real (n_atoms, capacity, 4), added to
+    ):
+        message_row(
+            wp.tid(), n_atoms, capacity, n_intervals, n_parts, gradient, features, rows, table,
+            geometry, neighbors, counts, by_features, by_slot,
+        )  # fmt: skip
+
+    suffix = "" if with_features else "_geometry"
+    return _kernel(message_backward, f"message_backward_{variant.name}{suffix}")
+
+
+def _kernel(function: Any, name: str) -> Any:
+    """A kernel in a module of its own: what is not used is not compiled."""
+    return wp.kernel(
+        function,
+        name=name,
+        enable_backward=False,
+        module=f"mlffd_{name}",
+    )

@@ -1,0 +1,1 @@
+"""How fast the student is, and how its precisions differ: `mlffd bench`."""

@@ -1,0 +1,223 @@
+"""Students in stored Systems: found, checked before anything is run, written and read."""
+
+import hashlib
+import io
+import os
+import pickle
+import pickletools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_type_hints
+from xml.etree import ElementTree
+
+try:
+    import openmm
+except ImportError as error:
+    raise ImportError(f"OpenMM is needed ({error}): pip install 'openmm-mlffd[openmm]'") from error
+
+from openmm_mlffd.interfaces import openmm_correction, openmm_force
+from openmm_mlffd.interfaces.openmm_force import ComputationSettings
+
+# what a stored function may consist of: our own restore functions, called once, with plain values
+_OPCODES = """
+    PROTO FRAME STOP MEMOIZE BINPUT LONG_BINPUT BINGET LONG_BINGET MARK
+    SHORT_BINUNICODE BINUNICODE STACK_GLOBAL GLOBAL REDUCE
+    EMPTY_DICT SETITEM SETITEMS EMPTY_LIST APPEND APPENDS
+    EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 BINFLOAT
+"""
+_RESTORERS: dict[tuple[str, str], Callable[..., Any]] = {
+    (function.__module__, function.__name__): function
+    for function in (openmm_force.restore_computation, openmm_correction.restore_correction)
+}
+_HASH_LINE = re.compile(rb"\n<!-- mlffd sha256: ([0-9a-f]{64}) -->\s*\Z")
+
+
+class UnsafeSystemError(ValueError):
+    """A stored System that is damaged, or that would run code which is not openmm-mlffd's."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the restore functions of this package and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _RESTORERS[module, name]
+        except KeyError:
+            raise UnsafeSystemError(
+                f"a stored function asks for {module}.{name}, which is not openmm-mlffd's"
+            ) from None
+
+
+def restore_function(payload: bytes) -> Any:
+    """Rebuild the function of a stored `PythonForce`, if it is one of openmm-mlffd's.
+
+    Parameters
+    ----------
+    payload
+        The pickle in the System's XML.
+
+    Returns
+    -------
+    StudentComputation or TeacherCorrection
+        Nothing is loaded yet.
+
+    Raises
+    ------
+    UnsafeSystemError
+        If the pickle is damaged, or consists of anything but one call of a restore function of
+        this package with plain values. Nothing of it was run then.
+    """
+    try:
+        names = [opcode.name for opcode, _, _ in pickletools.genops(payload)]
+    except Exception as error:
+        raise UnsafeSystemError(f"a stored function is damaged: {error}") from error
+    strange = sorted(set(names) - set(_OPCODES.split()))
+    if strange or names.count("REDUCE") != 1:
+        raise UnsafeSystemError(
+            "a stored function is not openmm-mlffd's: more than one call with plain values "
+            f"(pickle operations {', '.join(strange) or 'REDUCE'})"
+        )
+    try:
+        function = _Unpickler(io.BytesIO(payload)).load()
+    except UnsafeSystemError:
+        raise
+    except Exception as error:
+        raise UnsafeSystemError(f"a stored function is damaged: {error}") from error
+    students = getattr(function, "all_settings", None) or [function.settings]
+    for settings in students:
+        _check_settings(settings)
+    return function
+
+
+def student_functions(system: openmm.System) -> dict[int, Any]:
+    """Functions of this package among the forces of a System, by the force's index.
+
+    Forces inside a `CustomCVForce`, as interpolation makes them, are not looked at; functions of
+    others are left out.
+    """
+    found = {}
+    for index, force in enumerate(system.getForces()):
+        if isinstance(force, openmm.PythonForce):
+            xml = openmm.XmlSerializer.serialize(force)
+            try:
+                found[index] = restore_function(_payload(ElementTree.fromstring(xml)))
+            except UnsafeSystemError:
+                continue
+    return found
+
+
+def save_system(system: openmm.System, path: str | Path) -> str:
+    """Write a System as XML, with its hash on the last line.
+
+    Parameters
+    ----------
+    system
+        The System.
+    path
+        File to write; replaced as a whole or not at all. Any OpenMM reads it.
+
+    Returns
+    -------
+    str
+        SHA-256 of the XML, to be handed to `load_system` by another way than the file itself
+        where that matters.
+    """
+    content = openmm.XmlSerializer.serialize(system).rstrip().encode()
+    digest = hashlib.sha256(content).hexdigest()
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content + f"\n<!-- mlffd sha256: {digest} -->\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return digest
+
+
+def load_system(path: str | Path, *, sha256: str | None = None) -> openmm.System:
+    """Read a System, after looking at what its XML would run.
+
+    `openmm.XmlSerializer.deserialize` unpickles the functions of `PythonForce` objects, and so
+    runs whatever code the writer of the file wished. This one looks first.
+
+    Parameters
+    ----------
+    path
+        XML of a System, from `save_system` or `openmm.XmlSerializer`.
+    sha256
+        Refuse the file unless it has this hash, as `save_system` returned it.
+
+    Returns
+    -------
+    openmm.System
+        Students are looked for in the first evaluation, and refused unless their hash is the
+        stored one.
+
+    Raises
+    ------
+    UnsafeSystemError
+        If the file is damaged, holds no System, has another hash than its own or the one asked
+        for, or has a `PythonForce` whose function is not openmm-mlffd's, or a force that is not
+        part of OpenMM. Nothing of it was run then.
+
+    Notes
+    -----
+    The hash in the file notices damage, not malice: who can change the file can change the hash.
+    """
+    content = Path(path).read_bytes()
+    written = _HASH_LINE.search(content)
+    if written is not None:
+        content = content[: written.start()]
+    digest = hashlib.sha256(content).hexdigest()
+    if written is not None and written[1].decode() != digest:
+        raise UnsafeSystemError(
+            f"{path}: damaged or altered; its SHA-256 is {digest}, its last line says "
+            f"{written[1].decode()}"
+        )
+    if sha256 is not None and sha256 != digest:
+        raise UnsafeSystemError(f"{path}: has SHA-256 {digest}, but {sha256} was asked for")
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        raise UnsafeSystemError(f"{path}: has a document type; OpenMM never writes one")
+    try:
+        root = ElementTree.fromstring(content)
+    except ElementTree.ParseError as error:
+        raise UnsafeSystemError(f"{path}: not readable as XML ({error})") from error
+    if root.tag != "System":
+        raise UnsafeSystemError(f"{path}: holds a {root.tag}, not a System")
+    for element in root.iter():
+        _check_element(element, path)
+    # as it was understood here: another parser cannot see another file
+    return openmm.XmlSerializer.deserialize(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _check_element(element: ElementTree.Element, path: str | Path) -> None:
+    kind = element.attrib.get("type")
+    if element.tag == "Force" and not hasattr(openmm, str(kind)):
+        raise UnsafeSystemError(f"{path}: a force of type {kind} is not part of OpenMM")
+    if kind == "PythonForce":
+        try:
+            restore_function(_payload(element))
+        except UnsafeSystemError as error:
+            raise UnsafeSystemError(f"{path}: {error}; it was not run") from error
+
+
+def _payload(element: ElementTree.Element) -> bytes:
+    try:
+        return bytes.fromhex(element.attrib["function"])
+    except (KeyError, ValueError) as error:
+        raise UnsafeSystemError(f"a PythonForce without a readable function ({error})") from error
+
+
+def _check_settings(settings: Any) -> None:
+    wanted = get_type_hints(ComputationSettings)
+    if not isinstance(settings, dict) or not set(settings) <= set(wanted):
+        raise UnsafeSystemError("a stored function has settings that openmm-mlffd does not know")
+    for key in ("numbers", "atoms"):
+        values = settings.get(key) or []
+        if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
+            raise UnsafeSystemError(f"the setting {key} of a stored function is no list of numbers")

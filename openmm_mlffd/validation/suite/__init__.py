@@ -1,0 +1,1 @@
+"""The validation suite: the sections of `mlffd validate`, and what they share."""

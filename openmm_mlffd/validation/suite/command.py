@@ -1,0 +1,125 @@
+"""What `mlffd validate` does. Report and figures are imported only where they are made."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from openmm_mlffd.training.teachers import parse_options
+from openmm_mlffd.validation.report import number
+from openmm_mlffd.validation.suite.job import Job
+from openmm_mlffd.validation.suite.measure import run_measurements
+from openmm_mlffd.validation.suite.models import StudentModel, TeacherModel
+from openmm_mlffd.validation.suite.plan import make_plan
+from openmm_mlffd.validation.suite.speed import hardware
+from openmm_mlffd.validation.suite.store import Clock, Store
+
+
+def run_validate_command(
+    model: str,
+    output: Path,
+    *,
+    level: str,
+    data: Path | None,
+    split: str,
+    training: Path | None,
+    teacher: str | None,
+    teacher_python: str | None,
+    teacher_options: Sequence[str],
+    sections: Sequence[str] | None,
+    pieces: Path | None,
+    speed: Path | None,
+    device: str | None,
+    max_minutes: float | None,
+    run_minutes: float | None,
+    measure_only: bool,
+    only: Sequence[str],
+    echo: Callable[[str], object],
+) -> tuple[bool, bool]:
+    """`mlffd validate`: see `mlffd validate --help` for the arguments.
+
+    Returns
+    -------
+    finished, passed : bool
+        Whether everything was measured, and whether all of it passed. Where nothing but
+        measuring was asked for, all passes that raised no error.
+
+    Raises
+    ------
+    ValueError
+        If tasks were chosen for a report, which always has all of them.
+    """
+    if only and not measure_only:
+        raise ValueError("--only needs --measure-only: a report has all tasks of its sections")
+    output.mkdir(parents=True, exist_ok=True)
+    with _teacher(teacher, teacher_options, teacher_python) as reference:
+        job = Job(
+            model=StudentModel(model, device),
+            plan=make_plan(level),
+            store=Store(
+                pieces or output / "pieces",
+                clock=Clock(max_minutes),
+                tell=echo,
+                machine=hardware(device),
+            ),
+            output=output,
+            teacher=reference,
+            data=data,
+            split=split,
+            training=training,
+            speed=speed,
+            minutes=run_minutes,
+            progress=_progress(echo),
+        )
+        if measure_only:
+            status = run_measurements(job, sections, only).values()
+            finished = not any(s.startswith("unfinished") for s in status)
+            return finished, not any(s.startswith("failed") for s in status)
+        return _report(job, sections, echo)
+
+
+def _report(
+    job: Job, sections: Sequence[str] | None, echo: Callable[[str], object]
+) -> tuple[bool, bool]:
+    from openmm_mlffd.validation.suite.assemble import run_validation
+
+    began = time.monotonic()
+    content = run_validation(job, sections)
+    for check in content["checks"]:
+        if not check["passed"]:
+            value = math.nan if check["value"] is None else check["value"]
+            echo(f"FAILED  {check['name']}: {number(value)} {check['unit']}")
+    passed = sum(check["passed"] for check in content["checks"])
+    echo(
+        f"{passed} of {len(content['checks'])} checks passed; {job.output / 'report.html'} "
+        f"({time.monotonic() - began:.0f} s)"
+    )
+    return content["finished"], content["passed"]
+
+
+@contextmanager
+def _teacher(
+    name: str | None, options: Sequence[str], python: str | None
+) -> Iterator[TeacherModel | None]:
+    """The teacher, if there is one, in a process that ends with the block."""
+    if name is None:
+        yield None
+        return
+    teacher = TeacherModel.start(name, parse_options(list(options)), python=python)
+    try:
+        yield teacher
+    finally:
+        teacher.close()
+
+
+def _progress(echo: Callable[[str], object]) -> Callable[[str, float, float], None]:
+    """A line about every ten seconds."""
+    last = [time.monotonic()]
+
+    def tell(label: str, done: float, total: float) -> None:
+        if time.monotonic() - last[0] > 10:
+            last[0] = time.monotonic()
+            echo(f"  {label}: {done:.4g} of {total:.4g}")
+
+    return tell

@@ -1,0 +1,313 @@
+"""Langevin and constant-energy runs in segments that are on disk, so that they can go on."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openmm
+from numpy.typing import NDArray
+from openmm import unit
+
+from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
+from openmm_mlffd.validation.conservation import EnergyTrace
+from openmm_mlffd.validation.nve import degrees_of_freedom, make_context, run_nve_segment
+from openmm_mlffd.validation.suite.plan import EnsembleRun
+from openmm_mlffd.validation.suite.store import Clock, read_arrays, write_arrays
+from openmm_mlffd.validation.suite.systems import System
+
+FRICTION = 5.0
+"""Of the Langevin thermostat [1/ps]."""
+
+BAROSTAT_INTERVAL = 10
+"""Steps between attempts to change the volume."""
+
+SEGMENTS = 800
+"""A run is cut into so many at most; an interruption costs one."""
+
+SEGMENT_STEPS = 250
+"""Steps of a segment at least, so that the barostat has its turns."""
+
+Progress = Callable[[str, float, float], None]
+"""Told what runs, how many picoseconds are done, and how many there are to do."""
+
+
+def silent(_label: str, _done: float, _total: float) -> None:
+    """No progress."""
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Frames of a Langevin run and what was measured at each."""
+
+    time: NDArray[np.float64]
+    """[ps], shape (n,)."""
+
+    positions: NDArray[np.float32]
+    """[Å], molecules not cut by the box, shape (n, n_atoms, 3)."""
+
+    cell: NDArray[np.float64]
+    """Box vectors as rows [Å]; zeros without a box, shape (n, 3, 3)."""
+
+    potential: NDArray[np.float64]
+    """[eV], shape (n,)."""
+
+    kinetic: NDArray[np.float64]
+    """[eV], shape (n,)."""
+
+    n_dof: int
+    """Degrees of freedom."""
+
+    seconds_per_step: float
+    """Wall time of a step, sampling included [s]."""
+
+    failure: str = ""
+    """Why the run ended before its time; empty if it did not."""
+
+    def until(self, picoseconds: float) -> "Trajectory":
+        """The frames up to some time."""
+        n = int(np.searchsorted(self.time, picoseconds * (1 + 1e-9), side="right"))
+        names = ("time", "positions", "cell", "potential", "kinetic")
+        return replace(self, **{name: getattr(self, name)[:n] for name in names})
+
+
+def run_langevin(
+    make_system: Callable[[], openmm.System],
+    system: System,
+    run: EnsembleRun,
+    folder: Path,
+    *,
+    clock: Clock,
+    minutes: float = math.inf,
+    progress: Progress = silent,
+) -> Trajectory:
+    """Minimise, then run at constant temperature, and pressure if the plan has one.
+
+    Parameters
+    ----------
+    make_system
+        Makes the OpenMM System of the model.
+    system
+        Atoms, box and start.
+    run
+        Length, time step, thermostat and barostat.
+    folder
+        Where segments are kept; those that are there are not run again.
+    clock
+        Looked at after each segment.
+    minutes
+        Wall time after which the run ends as it is, however short; it counts over all commands.
+    progress
+        Told how far it is.
+
+    Returns
+    -------
+    Trajectory
+        With a `failure` if the run exploded.
+
+    Raises
+    ------
+    OutOfTime
+        If the clock says so; the segments that are finished are kept.
+
+    Notes
+    -----
+    Each segment has a Context and a seed of its own, so that an interrupted run has the same
+    frames as one that was not.
+    """
+    every = max(1, round(run.frame * 1e3 / run.timestep))
+    n_frames = max(1, round(run.picoseconds * 1e3 / run.timestep / every))
+    openmm_system = make_system()
+    if run.pressure is not None:
+        openmm_system.addForce(
+            openmm.MonteCarloBarostat(run.pressure, run.temperature, BAROSTAT_INTERVAL)
+        )
+    parts = _read_segments(folder, "segment")
+    done = sum(len(p["time"]) for p in parts)
+    spent = sum(float(p["seconds"]) for p in parts)
+    segment = max(math.ceil(n_frames / SEGMENTS), math.ceil(SEGMENT_STEPS / every))
+    while done < n_frames and spent < 60 * minutes and not (parts and str(parts[-1]["failure"])):
+        length = min(n_frames - done, segment)
+        clock.check(length * spent / done if done else 0.0)
+        part = _segment(openmm_system, system, run, parts, every, length)
+        write_arrays(folder / f"segment-{len(parts):04d}.npz", **part)
+        parts.append(part)
+        done += len(part["time"])
+        spent += float(part["seconds"])
+        progress(run.name, done * run.frame, run.picoseconds)
+    joined = {
+        name: np.concatenate([p[name] for p in parts])
+        for name in ("time", "positions", "cell", "potential", "kinetic")
+    }
+    return Trajectory(
+        **joined,
+        n_dof=degrees_of_freedom(openmm_system),
+        seconds_per_step=spent / max(1, done * every),
+        failure=str(parts[-1]["failure"]),
+    )
+
+
+def _read_segments(folder: Path, stem: str) -> list[dict[str, NDArray[Any]]]:
+    parts: list[dict[str, NDArray[Any]]] = []
+    while (path := folder / f"{stem}-{len(parts):04d}.npz").is_file():
+        parts.append(read_arrays(path))
+    return parts
+
+
+def _segment(
+    openmm_system: openmm.System,
+    system: System,
+    run: EnsembleRun,
+    parts: list[dict[str, NDArray[Any]]],
+    every: int,
+    length: int,
+) -> dict[str, NDArray[Any]]:
+    """Run so many frames from where the last segment ended, or from the start."""
+    seed = 1000 * run.seed + len(parts) + 1
+    integrator = openmm.LangevinMiddleIntegrator(
+        run.temperature, FRICTION / unit.picosecond, run.timestep * unit.femtosecond
+    )
+    integrator.setRandomNumberSeed(seed)
+    for force in openmm_system.getForces():
+        if isinstance(force, openmm.MonteCarloBarostat):
+            force.setRandomNumberSeed(seed)
+    began = time.perf_counter()
+    context = make_context(openmm_system, integrator, None)
+    frames: dict[str, list[Any]] = {
+        name: [] for name in ("time", "positions", "cell", "potential", "kinetic")
+    }
+    failure = ""
+    start = sum(len(p["time"]) for p in parts)
+    try:
+        if parts:
+            last = parts[-1]
+            context.setPeriodicBoxVectors(*(openmm.Vec3(*v) for v in last["end_box"]))
+            context.setPositions(last["end_positions"])
+            context.setVelocities(last["end_velocities"])
+        else:
+            context.setPositions(system.nanometers)
+            openmm.LocalEnergyMinimizer.minimize(context, maxIterations=run.minimization)
+            # at a minimum half of the kinetic energy is about to become potential energy; boxes
+            # are not minimised that far
+            share = 2 if run.pressure is None else 1
+            context.setVelocitiesToTemperature(share * run.temperature, seed)
+        for i in range(length):
+            integrator.step(every)
+            state = context.getState(positions=True, energy=True)
+            values = _sample(state, system)
+            if not math.isfinite(values["potential"] + values["kinetic"]):
+                raise openmm.OpenMMException("the energy is not finite")
+            for name, value in values.items():
+                frames[name].append(value)
+            frames["time"].append((start + i + 1) * every * run.timestep * 1e-3)
+    except openmm.OpenMMException as error:
+        failure = f"after {(start + len(frames['time'])) * run.frame:g} ps: {error}"
+    n = len(frames["time"])
+    shapes = {"positions": (n, len(system.numbers), 3), "cell": (n, 3, 3)}
+    arrays = {k: np.array(v, float).reshape(shapes.get(k, (n,))) for k, v in frames.items()}
+    arrays["positions"] = arrays["positions"].astype(np.float32)
+    return arrays | _end(context, failure, time.perf_counter() - began)
+
+
+def _end(context: openmm.Context, failure: str, seconds: float) -> dict[str, NDArray[Any]]:
+    ends: dict[str, NDArray[Any]] = {"failure": np.array(failure), "seconds": np.array(seconds)}
+    if failure:
+        return ends
+    state = context.getState(positions=True, velocities=True)
+    return ends | {
+        "end_positions": state.getPositions(asNumpy=True)._value,
+        "end_velocities": state.getVelocities(asNumpy=True)._value,
+        "end_box": state.getPeriodicBoxVectors(asNumpy=True)._value,
+    }
+
+
+def _sample(state: openmm.State, system: System) -> dict[str, Any]:
+    cell = np.zeros((3, 3))
+    if system.cell is not None:
+        cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
+    energies = {"potential": state.getPotentialEnergy(), "kinetic": state.getKineticEnergy()}
+    return {
+        "positions": state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM,
+        "cell": cell,
+        **{k: e.value_in_unit(unit.kilojoule_per_mole) / KJ_PER_MOL_PER_EV
+           for k, e in energies.items()},
+    }  # fmt: skip
+
+
+def run_nve_on_disk(
+    make_system: Callable[[], openmm.System],
+    start: openmm.State,
+    folder: Path,
+    *,
+    timestep: float,
+    picoseconds: float,
+    sample: float,
+    clock: Clock,
+    minutes: float = math.inf,
+    progress: Progress = silent,
+    label: str = "NVE",
+) -> EnergyTrace:
+    """Run at constant energy in segments that are kept; arguments as for `run_langevin`.
+
+    Returns
+    -------
+    EnergyTrace
+        Of the whole run, however many commands it took; shorter than asked for if it used up
+        its minutes.
+    """
+    system = make_system()
+    stem = f"nve-{timestep:g}fs"
+    traces = _read_segments(folder, stem)
+    if traces:
+        start = openmm.XmlSerializer.deserialize(str(traces[-1]["state"]))
+    done = sum(float(t["length"]) for t in traces)
+    spent = sum(float(t["seconds"]) for t in traces)
+    grain = 1e-3 * timestep * max(1, round(sample / timestep))  # ps; segments are whole samples
+    segment = max(picoseconds / SEGMENTS, 1e-3 * timestep * SEGMENT_STEPS)
+    while done < picoseconds - 0.5 * grain and (spent < 60 * minutes or not traces):
+        clock.check(segment * spent / done if done else 0.0)
+        length = max(1, round(min(segment, picoseconds - done) / grain)) * grain
+        began = time.perf_counter()
+        trace, start = run_nve_segment(
+            system, start, timestep=timestep, picoseconds=length, sample=sample
+        )
+        part = {
+            "potential": trace.potential, "kinetic": trace.kinetic, "shadow": trace.shadow,
+            "time": trace.time, "length": np.array(length), "end": trace.end,
+            "seconds": np.array(time.perf_counter() - began),
+            "seconds_per_step": np.array(trace.seconds_per_step),
+            "state": np.array(openmm.XmlSerializer.serialize(start)),
+        }  # fmt: skip
+        write_arrays(folder / f"{stem}-{len(traces):04d}.npz", **part)
+        traces.append(part)
+        done, spent = done + length, spent + float(part["seconds"])
+        progress(label, done, picoseconds)
+    return _join(traces, timestep, system)
+
+
+def _join(
+    parts: list[dict[str, NDArray[Any]]], timestep: float, system: openmm.System
+) -> EnergyTrace:
+    """One trace of all segments; the first sample of each is the last of the one before."""
+    offsets = np.cumsum([0.0] + [float(p["length"]) for p in parts])
+    cuts = [0] + [1] * (len(parts) - 1)
+
+    def join(name: str) -> NDArray[np.float64]:
+        return np.concatenate([p[name][cut:] for p, cut in zip(parts, cuts, strict=True)])
+
+    times = [p["time"][c:] + o for p, c, o in zip(parts, cuts, offsets[:-1], strict=True)]
+    masses = [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
+    return EnergyTrace(
+        timestep=timestep,
+        time=np.concatenate(times),
+        potential=join("potential"),
+        kinetic=join("kinetic"),
+        shadow=join("shadow"),
+        n_atoms=sum(mass > 0 for mass in masses),
+        n_dof=degrees_of_freedom(system),
+        end=parts[-1]["end"],
+        seconds_per_step=float(np.mean([p["seconds_per_step"] for p in parts])),
+    )

@@ -1,0 +1,163 @@
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("warp")
+
+from openmm_mlffd.fast import FastPotential
+from openmm_mlffd.modelfile import load_student
+from openmm_mlffd.potential import Prediction
+from openmm_mlffd.rows import VerletRows
+
+# energy of an atom [eV], force [eV/Å], virial of an atom [eV]
+TOLERANCE = {
+    "double": (1e-10, 1e-9, 1e-9),
+    "single": (1e-5, 2e-5, 2e-5),
+    "mixed": (5e-3, 1e-2, 2e-2),
+}
+
+
+def rows_of(potential, *systems, skin=1.0, capacity=None):
+    numbers, positions, cells = zip(*systems, strict=True)
+    counts = torch.tensor([len(n) for n in numbers])
+    lists = VerletRows(
+        potential.species(torch.tensor(np.concatenate(numbers))),
+        potential.cutoff,
+        skin,
+        periodic=torch.tensor([[c is not None] * 3 for c in cells]),
+        system=torch.repeat_interleave(torch.arange(len(systems)), counts),
+        capacity=capacity,
+    )
+    lists.rows.positions.copy_(torch.tensor(np.concatenate(positions)))
+    lists.rows.cell.copy_(
+        torch.tensor(np.stack([np.zeros((3, 3)) if c is None else c for c in cells]))
+    )
+    lists.build()
+    return lists.rows
+
+
+def check(fast, expected, n_atoms, precision):
+    energy, force, virial = TOLERANCE[precision]
+    assert all(t.dtype == torch.float64 for t in fast)
+    assert (fast.energy - expected.energy).abs().max() < energy * n_atoms
+    assert (fast.atom_energies - expected.atom_energies).abs().max() < 5 * energy
+    assert (fast.forces - expected.forces).abs().max() < force
+    assert (fast.virial - expected.virial).abs().max() < virial * n_atoms
+    assert expected.forces.abs().max() > 0.1
+
+
+@pytest.fixture(scope="module")
+def default_student():
+    return load_student(precision="double")
+
+
+@pytest.mark.parametrize("precision", ["double", "single", "mixed"])
+def test_bundled_student_is_the_same(default_student, predict, ethanol, make_box, precision):
+    water = make_box(24, 6.5, seed=2)
+    dense = water._replace(numbers=np.where(water.numbers == 7, 8, 1))
+    fast = FastPotential(default_student, precision=precision)
+    for system in (ethanol, dense):
+        found = fast(rows_of(default_student, system))
+        check(found, predict(default_student, system), len(system.numbers), precision)
+
+
+STUDENTS = [
+    {},
+    {"n_interactions": 1},
+    {"n_interactions": 3, "n_channels": 32},
+    {"n_channels": 5, "n_basis": 30},
+    {"energy_bound": 0.05},
+    {"cutoff": 2.0},
+    {"norm_softening": 0.3},
+    {"references": [-13.0, -1000.0, -1400.0, -2000.0]},
+]
+
+
+@pytest.mark.parametrize("changes", STUDENTS, ids=str)
+@pytest.mark.parametrize("precision", ["double", "single"])
+def test_every_student_is_the_same(make_student, predict, ethanol, box, changes, precision):
+    student = make_student(**changes)
+    fast = FastPotential(student, precision=precision)
+    for system in (ethanol, box):
+        check(fast(rows_of(student, system)), predict(student, system), 9, precision)
+
+
+def test_batch_is_the_systems_one_by_one(student, predict, ethanol, make_box):
+    systems = [make_box(9, 5.0, 1), ethanol, make_box(30, 7.0, 2), ethanol]
+    found = FastPotential(student, precision="double")(rows_of(student, *systems))
+    check(found, predict(student, *systems), 57, "double")
+
+
+def test_clashing_atoms_are_the_same(student, predict, ethanol):
+    # compressed distances, the repulsion, and coincident atoms
+    for scale in (0.6, 0.3, 0.0):
+        squeezed = ethanol._replace(positions=scale * ethanol.positions)
+        found = FastPotential(student, precision="double")(rows_of(student, squeezed))
+        expected = predict(student, squeezed)
+        size = max(1.0, float(expected.energy.abs()))
+        assert (found.energy - expected.energy).abs() < 1e-12 * size
+        assert (found.forces - expected.forces).abs().max() < 1e-10 * size
+
+
+def test_single_atom_has_its_energy_and_no_force(student, predict, ethanol):
+    atom = ethanol._replace(numbers=ethanol.numbers[:1], positions=ethanol.positions[:1])
+    found = FastPotential(student, precision="double")(rows_of(student, atom))
+    assert found.forces.tolist() == [[0.0, 0.0, 0.0]]
+    assert abs(found.energy - predict(student, atom).energy) < 1e-12
+
+
+@pytest.mark.parametrize("precision", ["double", "single"])
+def test_forces_are_minus_the_derivative_of_the_energy(student, box, precision):
+    fast = FastPotential(student, precision=precision)
+    rows = rows_of(student, box)
+    forces = fast(rows).forces
+    step = 1e-4 if precision == "double" else 1e-2
+    tolerance = 1e-7 if precision == "double" else 2e-3
+    for atom, axis in [(0, 0), (3, 1), (8, 2)]:
+        energies = []
+        for shift in (-2, -1, 1, 2):
+            moved = rows.positions.clone()
+            moved[atom, axis] += shift * step
+            energies.append(float(fast(rows._replace(positions=moved)).energy))
+        slope = np.dot([1.0, -8.0, 8.0, -1.0], energies) / (12 * step)
+        assert abs(forces[atom, axis] + slope) < tolerance
+
+
+def test_nothing_depends_on_skin_room_memory_or_the_run(student, make_box):
+    system = make_box(40, 8.0)
+    fast = FastPotential(student, precision="single")
+    first = fast(rows_of(student, system))
+    for again in (
+        fast(rows_of(student, system)),
+        fast(rows_of(student, system, capacity=400)),
+        FastPotential(student, precision="single", remember=False)(rows_of(student, system)),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    other = fast(rows_of(student, system, skin=0.0))
+    assert (other.forces - first.forces).abs().max() < 1e-5
+
+
+def test_virial_can_be_left_out(student, box):
+    fast = FastPotential(student)
+    rows = rows_of(student, box)
+    with_it, without = fast(rows), fast(rows, False)
+    assert torch.equal(with_it.forces, without.forces)
+    assert torch.equal(with_it.energy, without.energy)
+    assert without.virial.eq(0).all()
+    assert with_it.virial.abs().max() > 0.1
+
+
+def test_scripted_module_is_the_same(student, box, ethanol):
+    for remember in (True, False):
+        fast = FastPotential(student, precision="double", remember=remember)
+        scripted = torch.jit.script(fast)
+        for systems in ([box], [box, ethanol]):
+            rows = rows_of(student, *systems)
+            for found, expected in zip(scripted(rows), fast(rows), strict=True):
+                assert (found - expected).abs().max() < 1e-11
+            assert isinstance(fast(rows), Prediction)
+
+
+def test_unknown_precision_is_refused(student):
+    with pytest.raises(ValueError, match="must be one of single, mixed, double, got 'half'"):
+        FastPotential(student, precision="half")

@@ -1,0 +1,326 @@
+"""One training step: batch → loss and gradient → clipped AdamW → average, plain or compiled."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from openmm_mlffd.potential import Potential
+from openmm_mlffd.training.config import TrainConfig
+from openmm_mlffd.training.flat import FlatWeights
+from openmm_mlffd.training.loss import TERMS, NetworkPrediction, loss_terms
+from openmm_mlffd.training.muon import Muon
+from openmm_mlffd.training.targets import BatchTotals, TrainingBatch, scatter_gradient
+
+log = logging.getLogger(__name__)
+
+_COMPILED = 2e-2  # largest relative deviation of a compiled gradient; TF32 alone makes 1e-3
+
+
+def predict(
+    network: nn.Module, batch: TrainingBatch, energy_scale: float, *, hessian: bool = False
+) -> NetworkPrediction:
+    """Energies, forces and virials of a network, differentiable with respect to its weights.
+
+    The same as `Potential` gives, without its float64 sums, and without what no weight changes.
+
+    Parameters
+    ----------
+    network
+        Of a potential.
+    batch
+        Structures.
+    energy_scale
+        Energy [eV] of the network's unit.
+    hessian
+        Also multiply the Hessian with the batch's probes: one more derivative.
+    """
+    vectors = batch.vectors.detach().requires_grad_(True)
+    inputs: tuple[Tensor, ...] = (batch.species, vectors, batch.edge_index, batch.core)
+    if getattr(network, "has_tail", False):
+        inputs = (*inputs, batch.near)
+    if getattr(network, "has_charges", False):
+        energies, charges = network.energies_and_charges(*inputs)  # type: ignore[operator]
+    else:
+        energies = network(*inputs)
+        charges = torch.zeros_like(energies)
+    energies = energies.to(vectors.dtype) * energy_scale
+    n_systems = batch.energy.shape[0]
+    zeros = torch.zeros([n_systems], dtype=energies.dtype, device=energies.device)
+    energy = zeros.index_add(0, batch.system, energies)
+    gradient = _derivative(energies.sum(), vectors)
+    forces, virial = scatter_gradient(gradient, vectors, batch.edge_index, batch.system, n_systems)
+    curvature = torch.zeros_like(forces)
+    if hessian:
+        receiver, sender = batch.edge_index[0], batch.edge_index[1]
+        along = (gradient * (batch.probe[sender] - batch.probe[receiver])).sum()
+        change = _derivative(along, vectors)
+        curvature = curvature.index_add(0, sender, change).index_add(0, receiver, -change)
+    return NetworkPrediction(
+        energy, forces + batch.repulsion, virial, charges.to(vectors.dtype), curvature
+    )
+
+
+def _derivative(value: Tensor, vectors: Tensor) -> Tensor:
+    # structures without edges, and networks that a wrong setting made linear, have none
+    if not value.requires_grad:
+        return torch.zeros_like(vectors)
+    gradient = torch.autograd.grad(value, vectors, create_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(vectors) if gradient is None else gradient
+
+
+class _Loss(nn.Module):
+    """The terms of the loss, as a module, so that its weights can be arguments of a function."""
+
+    def __init__(self, network: nn.Module, energy_scale: float, config: TrainConfig) -> None:
+        super().__init__()
+        self.network = network
+        self._scale = energy_scale
+        self._config = config
+
+    def forward(self, batch: TrainingBatch, totals: Tensor, factors: Tensor) -> Tensor:
+        """Weighted terms in the order of `TERMS`, shape (6,)."""
+        config = self._config
+        with torch.autocast(
+            batch.vectors.device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
+        ):
+            found = predict(self.network, batch, self._scale, hessian=config.loss.hessian > 0)
+        named = dict(zip(TERMS, factors.unbind(), strict=True))
+        terms = loss_terms(
+            found, batch, config.loss, totals=BatchTotals(*totals.unbind()), factors=named
+        )
+        zero = torch.zeros_like(found.energy[0])
+        return torch.stack([terms.get(name, zero).to(zero.dtype) for name in TERMS])
+
+
+class LossGradient:
+    """Terms of the loss and the gradient of their sum, as a function of tensors alone.
+
+    Parameters
+    ----------
+    potential
+        The student.
+    config
+        Terms of the loss, mixed precision.
+    """
+
+    def __init__(self, potential: Potential, config: TrainConfig) -> None:
+        self._loss = _Loss(potential.network, potential.energy_scale, config)
+        self._names = [name for name, _ in self._loss.named_parameters()]
+
+    def __call__(
+        self, weights: Sequence[Tensor], batch: Sequence[Tensor], totals: Tensor, factors: Tensor
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Terms, shape (6,), and the gradient by each of the weights."""
+        own = dict(zip(self._names, weights, strict=True))
+        arguments = (TrainingBatch(*batch), totals, factors)
+        terms = torch.func.functional_call(self._loss, own, arguments)
+        gradients = torch.autograd.grad(terms.sum(), list(weights), allow_unused=True)
+        pairs = zip(gradients, weights, strict=True)
+        return terms.detach(), [torch.zeros_like(w) if g is None else g for g, w in pairs]
+
+    def traced(
+        self, weights: Sequence[Tensor], batch: Sequence[Tensor], totals: Tensor, factors: Tensor
+    ) -> torch.fx.GraphModule:
+        """The same for tensors of just these shapes, all derivatives written out as operations.
+
+        `torch.compile` alone cannot differentiate twice; of this there is nothing left to
+        differentiate.
+        """
+        leaves = [w.detach().requires_grad_(True) for w in weights]
+
+        def gradient(  # not self.__call__, of which the tracer would want `self` as an argument
+            weights: list[Tensor], batch: list[Tensor], totals: Tensor, factors: Tensor
+        ) -> tuple[Tensor, list[Tensor]]:
+            return self(weights, batch, totals, factors)
+
+        # what else a network holds, as the tail's radii, becomes a constant of the graph
+        trace = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)
+        return trace(leaves, list(batch), totals, factors)
+
+
+class _SkippingAdamW(torch.optim.AdamW):
+    """AdamW whose fused step is left out, on the device, where `found_inf` is not zero."""
+
+    found_inf: Tensor
+
+
+class TrainingStep:
+    """Everything that one step does to the weights.
+
+    Parameters
+    ----------
+    potential
+        The student; its weights are moved into one tensor.
+    average
+        The same student again, with the average of the weights.
+    config
+        Loss, optimizer, precision.
+    reduce
+        Sums a tensor over all processes, in place; None where there is one.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        average: Potential,
+        config: TrainConfig,
+        *,
+        reduce: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._reduce = reduce
+        self._flat = FlatWeights(potential.network, extra=len(TERMS))
+        self._average = FlatWeights(average.network)
+        self.loss_gradient = LossGradient(potential, config)
+        self._gradient: Callable[..., tuple[Tensor, list[Tensor]]] = self.loss_gradient
+        device = self._flat.weights.device
+        on_gpu = device.type == "cuda"
+        rate = config.optimizer.learning_rate
+        self.optimizer = _SkippingAdamW(
+            [self._flat.weights],
+            lr=torch.tensor(rate, device=device) if on_gpu else rate,
+            weight_decay=config.optimizer.weight_decay,
+            fused=True,
+            capturable=on_gpu,
+        )
+        self.muon = Muon(potential.network, self._flat) if config.optimizer.muon else None
+        # learning rate, weight of the newest in the average, epoch, batch, factors of the loss
+        self._controls = torch.zeros(4 + len(TERMS), device=device)
+        self.bad_steps = torch.zeros((), device=device)
+        self.last_bad = torch.zeros(2, device=device)
+
+    @property
+    def losses(self) -> Tensor:
+        """Terms of the last step's loss, over all processes, in the order of `TERMS`."""
+        return self._flat.extra
+
+    @property
+    def gradient(self) -> Tensor:
+        """Gradient of all weights, as the last step left it."""
+        return self._flat.gradient
+
+    @property
+    def weights(self) -> list[nn.Parameter]:
+        """The student's parameters."""
+        return self._flat.parameters
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments of a checkpoint, whatever device it was made on."""
+        group = self.optimizer.param_groups[0]
+        mine = {k: v for k, v in group.items() if k != "params"}
+        self.optimizer.load_state_dict(state)
+        self.optimizer.param_groups[0].update(mine)
+
+    def set_controls(
+        self, rate: float, newest: float, place: tuple[int, int], factors: Sequence[float]
+    ) -> None:
+        """Set what the host decides about the next step, in one copy."""
+        # pinned and without waiting, so that the host stays ahead of the device
+        pinned = self._controls.device.type == "cuda"
+        new = torch.tensor([rate, newest, *place, *factors], pin_memory=pinned)
+        self._controls.copy_(new, non_blocking=True)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].copy_(self._controls[0])
+            else:
+                group["lr"] = rate
+
+    def run(self, batch: TrainingBatch, totals: Tensor) -> None:
+        """One step on a batch, whose loss is divided by these counts, see `BatchTotals`."""
+        self.differentiate(batch, totals)
+        self.update()
+
+    def differentiate(self, batch: TrainingBatch, totals: Tensor) -> None:
+        """Loss and gradient of a batch."""
+        terms, gradients = self._gradient(
+            self._flat.parameters, list(batch), totals, self._controls[4:].to(batch.energy.dtype)
+        )
+        self._flat.write_gradient(gradients)
+        self._flat.extra.copy_(terms)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Sum the gradient over processes, clip it, move the weights and their average.
+
+        A loss or gradient that is not finite moves nothing, and is counted in `bad_steps`.
+        """
+        if self._reduce is not None:
+            self._reduce(self._flat.summed)
+        gradient = self._flat.gradient
+        norm = torch.linalg.vector_norm(gradient)
+        finite = torch.isfinite(norm) & torch.isfinite(self._flat.extra).all()
+        scale = (self._config.optimizer.clip / (norm + 1e-6)).clamp(max=1.0)
+        # a NaN would stay in the gaps between the parameters, which no step writes
+        gradient.mul_(torch.where(finite, scale, 1.0))
+        if self.muon is not None:
+            self.muon.step(self._controls[0], finite)
+        self.optimizer.found_inf = (~finite).float()
+        self.optimizer.step()
+        self._average.weights.lerp_(self._flat.weights, self._controls[1].to(gradient.dtype))
+        self.bad_steps += self.optimizer.found_inf
+        self.last_bad.copy_(torch.where(finite, self.last_bad, self._controls[2:4]))
+
+    def snapshot(self) -> list[Tensor]:
+        """Copy of everything that a step changes."""
+        if not self.optimizer.state:  # made by a first step, which is left out
+            self.optimizer.found_inf = torch.ones_like(self.bad_steps)
+            self.optimizer.step()
+        return [t.detach().clone() for t in self._state()]
+
+    @torch.no_grad()
+    def restore(self, saved: list[Tensor]) -> None:
+        """Put a snapshot back, in place."""
+        for tensor, value in zip(self._state(), saved, strict=True):
+            tensor.copy_(value)
+
+    def _state(self) -> list[Tensor]:
+        of_optimizer = self.optimizer.state[self._flat.weights]
+        return [
+            self._flat.weights,
+            self._average.weights,
+            self.bad_steps,
+            self.last_bad,
+            *(self.muon.state() if self.muon is not None else ()),
+            *(of_optimizer[k] for k in sorted(of_optimizer)),
+        ]
+
+    def compile(self, batch: TrainingBatch, totals: Tensor) -> bool:
+        """Fuse the operations of the gradient for batches of these shapes; whether it worked.
+
+        What hinders it is logged, and the step goes on without.
+        """
+        factors = self._controls[4:].to(batch.energy.dtype)
+        weights = self._flat.parameters
+        started = time.monotonic()
+        try:
+            traced = self.loss_gradient.traced(weights, batch, totals, factors)
+            compiled = torch.compile(traced, dynamic=False)
+
+            @torch.no_grad()
+            def gradient(weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+                return compiled([w.detach() for w in weights], *rest)
+
+            found = gradient(weights, list(batch), totals, factors)
+            deviation = _deviation(found, self.loss_gradient(weights, list(batch), totals, factors))
+            if not deviation < _COMPILED:
+                raise RuntimeError(f"the compiled gradient differs by a part of {deviation:.1e}")
+        except Exception as error:  # compilers fail in many ways, none of which matters here
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("the step is not compiled (%s); it runs uncompiled, slower", reason)
+            return False
+        self._gradient = gradient
+        seconds = time.monotonic() - started
+        log.info("compiled the step in %.0f s; the gradient differs by %.1e", seconds, deviation)
+        return True
+
+
+def _deviation(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> float:
+    """Larger of the relative deviations of the losses and of the gradient."""
+    gradients = [torch.cat([g.flatten() for g in side[1]]) for side in (found, expected)]
+    pairs = [(found[0], expected[0]), (gradients[0], gradients[1])]
+    return max(float((a - b).norm() / b.norm().clamp(min=1e-12)) for a, b in pairs)
