@@ -80,9 +80,10 @@ def cluster_of(text: str, options: Mapping[str, Any]) -> Iterator[tuple[Any, int
             "Dask is needed to work on a cluster: pip install 'openmm-mlffd[cluster]'"
         ) from error
     kind, _, rest = text.partition(":")
+    settings: dict[str, Any]
     if kind == "local":
         n = _number(rest, text)
-        settings: dict[str, Any] = {
+        settings = {
             "n_workers": n,
             "threads_per_worker": 1,
             "dashboard_address": None,
@@ -108,7 +109,7 @@ def cluster_of(text: str, options: Mapping[str, Any]) -> Iterator[tuple[Any, int
                 "dask-jobqueue is needed for SLURM: pip install 'openmm-mlffd[cluster]'"
             ) from error
         n = _number(rest, text)
-        settings: dict[str, Any] = {"cores": 1, "processes": 1, "memory": "4GB"}
+        settings = {"cores": 1, "processes": 1, "memory": "4GB"}
         with SLURMCluster(**(settings | dict(options))) as cluster, Client(cluster) as client:
             cluster.scale(jobs=n)
             yield client, n

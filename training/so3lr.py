@@ -179,10 +179,12 @@ def pairs_by_trying_all(
         near = square <= CUTOFF_LR**2
         i, j = torch.nonzero(near if image.any() else near & upper, as_tuple=True)
         found.append((i, j, shift - home[j] + home[i], square[i, j] <= cutoff**2))
-    i, j, box, is_short = (torch.cat(part).cpu().numpy() for part in zip(*found, strict=True))
-    a, b, s = i[is_short], j[is_short], box[is_short]
+    first, second, box, is_short = (
+        torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)
+    )
+    a, b, s = first[is_short], second[is_short], box[is_short]
     both = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([s, -s])
-    return both, (i, j, box)
+    return both, (first, second, box)
 
 
 class So3lr:
