@@ -32,7 +32,10 @@ def setup_cfg():
 
 
 def folder_of(package):
-    return ROOT / MAPPED.get(package, package.replace(".", "/"))
+    for name, folder in MAPPED.items():  # and what lies within them
+        if package == name or package.startswith(f"{name}."):
+            return ROOT / folder / package.removeprefix(name).strip(".").replace(".", "/")
+    return ROOT / package.replace(".", "/")
 
 
 def python(*arguments, cwd, path="", site=True):

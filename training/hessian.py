@@ -50,6 +50,7 @@ class DisplacedSource:
         self._seed = seed
         self.name = path.name
         self.subsets = ["displaced"]
+        self.origin = f"{path.name}, displaced by {displacement} Å along random directions"
         self.split = SplitRule(val=0.0, test=0.0)
         self.identity = {
             "sha256": sha256(path),

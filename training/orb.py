@@ -121,8 +121,9 @@ class Orb:
         """Label a batch; its fields and those of the result are those of the worker process."""
         out = self._model.predict(self._graphs(batch))
         conservative = hasattr(self._model, "grad_forces_name")
-        forces = self._model.grad_forces_name if conservative else "forces"
-        stress = getattr(self._model, "grad_stress_name", None) if conservative else "stress"
+        forces = str(self._model.grad_forces_name) if conservative else "forces"
+        name = getattr(self._model, "grad_stress_name", None) if conservative else "stress"
+        stress = str(name)  # None of models without
 
         def array(name: str) -> np.ndarray:
             return out[name].detach().cpu().double().numpy()

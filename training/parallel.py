@@ -2,7 +2,7 @@
 
 import json
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import (
     FIRST_COMPLETED,
     BrokenExecutor,
@@ -80,9 +80,14 @@ def cluster_of(text: str, options: Mapping[str, Any]) -> Iterator[tuple[Any, int
             "Dask is needed to work on a cluster: pip install 'openmm-mlffd[cluster]'"
         ) from error
     kind, _, rest = text.partition(":")
+    settings: dict[str, Any]
     if kind == "local":
         n = _number(rest, text)
-        settings = {"n_workers": n, "threads_per_worker": 1, "dashboard_address": None}
+        settings = {
+            "n_workers": n,
+            "threads_per_worker": 1,
+            "dashboard_address": None,
+        }
         with LocalCluster(**(settings | dict(options))) as cluster, Client(cluster) as client:
             yield client, n
     elif kind == "ssh":
@@ -128,7 +133,7 @@ def run_all(
     *,
     threads: bool = False,
     stop: Callable[[], object] = lambda: None,
-) -> Iterator[tuple[Item, Outcome]]:
+) -> Generator[tuple[Item, Outcome]]:
     """Results of a function in the order in which they are ready.
 
     A few items per worker are taken from the iterable ahead of the results, not more, so that

@@ -123,6 +123,16 @@ def test_clashing_detached_and_shared_hydrogens_are_noticed():
     assert reasons(bifluoride) == [["1 × H with more than one bond"]]
 
 
+def test_stretched_bond_to_hydrogen_is_a_bond_still():
+    whole = frame("CCO")
+    bond = whole.positions[3] - whole.positions[0]
+    far = [(3, (0, bond * 1.45 / np.linalg.norm(bond)))]
+    assert reasons(frame("CCO", moved=far)) == [[]]
+    farther = [(3, (0, bond * 2.2 / np.linalg.norm(bond)))]
+    (found,) = reasons(frame("CCO", moved=farther))
+    assert found == ["1 × H without a bond", "1 × C lacks hydrogens"]
+
+
 def test_bonds_are_seen_through_the_walls_of_a_box():
     water = frame("O")
     box = Frame(

@@ -12,7 +12,7 @@ def name_and_charge(smiles: str) -> tuple[str, int | None]:
     from rdkit.rdBase import BlockLogs
 
     with BlockLogs():
-        settings = Chem.SmilesParserParams()
+        settings: Any = Chem.SmilesParserParams()
         settings.removeHs = False
         molecule: Any = Chem.MolFromSmiles(smiles, settings)
         if molecule is None:

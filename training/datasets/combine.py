@@ -64,7 +64,10 @@ def merge(
     FileExistsError
         If the output is there already.
     """
-    teachers, subsets, rules, origins = set(), [], set(), []
+    teachers: set[str] = set()
+    rules: set[SplitRule] = set()
+    subsets: list[str] = []
+    origins: list[str] = []
     for path in paths:
         with Dataset(path, unlabelled=True) as dataset:
             teachers.add(dataset.teacher)
@@ -77,7 +80,8 @@ def merge(
     if split is None and len(rules) > 1:
         raise DatasetError("the files are split in different ways; say how with val, test and seed")
     split = split or rules.pop()
-    written, duplicates, seen = 0, 0, set()
+    written, duplicates = 0, 0
+    seen: set[bytes] = set()
     with DatasetWriter(
         output,
         teacher=teachers.pop() or None,

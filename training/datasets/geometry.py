@@ -16,6 +16,10 @@ CLASH = 0.55
 BOND = 1.3
 """Atoms nearer than this multiple of the sum of their covalent radii are bonded."""
 
+STRETCHED = 1.8
+"""A hydrogen without such a bond is bonded to the nearest atom, if that is nearer than this
+multiple: in hot molecules bonds of 1.5 Å to hydrogen are not rare."""
+
 LARGEST_VALENCE = {1: 1, 6: 4, 7: 4, 8: 3, 9: 1, 15: 6, 16: 6, 17: 4}
 """Most bonds of an atom, charged states included, by atomic number."""
 
@@ -35,14 +39,28 @@ def find_bonds(structures: Structures) -> Bonds:
     cell = torch.from_numpy(structures.cell)
     pbc = torch.from_numpy(structures.pbc)
     radius = _RADII[torch.from_numpy(structures.atomic_numbers.astype("i8"))]
-    cutoff = BOND * 2.0 * float(radius.max())
+    cutoff = max(BOND * 2.0 * float(radius.max()), STRETCHED * float(radius.max() + radius.min()))
     edges, shift = neighbor_list(positions, system, cell, pbc, cutoff=cutoff)
     i, j = edges
     vectors = positions[j] + torch.einsum("ei,eij->ej", shift.to(cell.dtype), cell[system[i]])
     vectors -= positions[i]
     fraction = torch.linalg.norm(vectors, dim=1) / (radius[i] + radius[j])
-    near = fraction < BOND
-    return i[near].numpy(), j[near].numpy(), vectors[near].numpy(), fraction[near].numpy()
+    first, second, ratio = i.numpy(), j.numpy(), fraction.numpy()
+    near = (ratio < BOND) | _stretched(structures.atomic_numbers, first, second, ratio)
+    return first[near], second[near], vectors.numpy()[near], ratio[near]
+
+
+def _stretched(
+    numbers: NDArray[np.uint8],
+    first: NDArray[np.int64],
+    second: NDArray[np.int64],
+    ratio: NDArray[np.float64],
+) -> NDArray[np.bool_]:
+    """Which pairs are a hydrogen without a bond and its nearest atom, in either direction."""
+    nearest = np.full(len(numbers), np.inf)
+    np.minimum.at(nearest, first, ratio)
+    free = (numbers == 1) & (nearest >= BOND) & (nearest < STRETCHED)
+    return (free[first] & (ratio == nearest[first])) | (free[second] & (ratio == nearest[second]))
 
 
 def judge_geometry(structures: Structures) -> list[list[str]]:

@@ -132,8 +132,8 @@ def write_spice(dataset: Dataset, path: Path) -> tuple[int, int]:
     groups = dataset.group_names()
     left_out = 0
     for start, block in blocks_of(dataset):
-        for i, periodic in enumerate(block.pbc.any(1)):
-            if periodic:
+        for i in range(len(block.energy)):
+            if block.pbc[i].any():
                 left_out += 1
                 continue
             key = (

@@ -190,7 +190,7 @@ def _row(result: Survey, block: Structures, names: NDArray[np.int64]) -> dict[st
         "energy": block.energy,
         "temperature": block.temperature.astype("f8"),
         "charge": block.total_charge.astype(int),
-        "periodic": block.pbc.any(1),
+        "periodic": np.any(block.pbc, axis=1, keepdims=True)[:, 0],
         "subset": names[block.subset],
         "composition": composition,
     }

@@ -80,7 +80,7 @@ def make_shard(order: Order) -> Made:
             found, reason = [], f"{type(error).__name__}: {str(error).splitlines()[0]}"
         frames += found
         if reason:
-            failures.append((place, f"{task.subset} #{task.index} ({_what(task)}): {reason}"))
+            failures.append((place, f"{task.subset} #{task.number} ({_what(task)}): {reason}"))
     return Made(frames, failures)
 
 
@@ -102,7 +102,7 @@ def build(loaded: LoadedRecipe, task: Task) -> list[Frame]:
         If it cannot be made or sampled.
     """
     subset = loaded.subsets[task.subset]
-    key = [loaded.recipe.seed, zlib.crc32(task.subset.encode()), task.index]
+    key = [loaded.recipe.seed, zlib.crc32(task.subset.encode()), task.number]
     rng = np.random.default_rng(key)
     if isinstance(subset, FilesConfig):
         return _from_file(loaded, subset, task, rng)
@@ -190,7 +190,7 @@ def _box(subset: BoxesConfig, task: Task, rng: np.random.Generator) -> list[Fram
     cell = boxes.random_cell(subset, size, rng)
     positions = boxes.solvate(solute, cell, rng)
     n_solute = 0 if solute is None else solute.GetNumAtoms()
-    density = float(rng.uniform(*subset.densities))
+    density = float(rng.uniform(subset.densities[0], subset.densities[1]))
     positions, cell = boxes.scale_density(positions, cell, n_solute, density)
     n_waters = (len(positions) - n_solute) // 3
     water = embed(clusters.WATER, 1)
@@ -241,6 +241,10 @@ def _from_file(
     ]
 
 
+def _no_forces(positions: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.zeros_like(positions)
+
+
 def _sample_start(
     start: structure_files.Start, sampling: SamplingConfig, rng: np.random.Generator
 ) -> list[Sample]:
@@ -249,7 +253,7 @@ def _sample_start(
     masses = np.array([table.GetAtomicWeight(int(z)) for z in frame.numbers])
     forces: Forces
     if sampling.method in ("none", "rattle"):
-        forces = np.zeros_like
+        forces = _no_forces
     elif sampling.method == "student":
         forces = StudentForces(frame.numbers, sampling.student, frame.cell, frame.pbc)
     elif start.system is not None and frame.cell is not None:

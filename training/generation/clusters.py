@@ -88,7 +88,7 @@ def assemble(
             # towards a random atom, so that the cluster grows round
             aim = positions[rng.integers(len(positions))]
             fixed = (positions - aim, radii)
-            shift = contact(fixed, (own, size), direction, float(rng.uniform(*gap)))
+            shift = contact(fixed, (own, size), direction, float(rng.uniform(gap[0], gap[1])))
             own = own + aim + shift * direction
         positions = np.concatenate([positions, own])
         radii = np.concatenate([radii, size])

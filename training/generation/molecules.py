@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rdkit import Chem, RDLogger
-from rdkit.Chem import AllChem, rdDistGeom
+from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from rdkit.rdBase import BlockLogs
 
 from openmm_mlffd.training.generation.mmff import RdkitForces
@@ -220,13 +220,13 @@ def embed(smiles: str, seed: int) -> Any:
     """
     with BlockLogs():
         molecule = Chem.AddHs(Chem.MolFromSmiles(smiles))
-        settings = rdDistGeom.ETKDGv3()
+        settings: Any = rdDistGeom.ETKDGv3()
         settings.randomSeed = seed
         settings.timeout = _EMBED_SECONDS
         settings.useRandomCoords = molecule.GetNumAtoms() > 100
         if rdDistGeom.EmbedMolecule(molecule, settings) != 0:
             raise SamplingError("ETKDG finds no conformer")
-        if not AllChem.MMFFHasAllMoleculeParams(molecule):
+        if not rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
             raise SamplingError("MMFF94 has no parameters for it")
         forces = RdkitForces(molecule)
         start = np.array(molecule.GetConformer().GetPositions())
@@ -247,4 +247,4 @@ def numbers_of(molecule: Any) -> np.ndarray:
 
 def silence() -> None:
     """Keep RDKit's warnings about molecules that are left out off the screen of a worker."""
-    RDLogger.DisableLog("rdApp.*")
+    RDLogger.DisableLog("rdApp.*")  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ class Task(NamedTuple):
     subset: str
     """Name of its subset."""
 
-    index: int
+    number: int
     """Its place in the subset, which decides its random numbers."""
 
     group: str

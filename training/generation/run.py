@@ -220,7 +220,7 @@ def _halve(order: Order, workers: Workers) -> Timed:
     if len(order.tasks) == 1:
         reason = "the process that worked at it ended"
         task = order.tasks[0]
-        return Timed(Made([], [(order.first, f"{task.subset} #{task.index}: {reason}")]), 0.0)
+        return Timed(Made([], [(order.first, f"{task.subset} #{task.number}: {reason}")]), 0.0)
     middle = len(order.tasks) // 2
     halves = [
         order._replace(tasks=order.tasks[:middle]),
@@ -292,9 +292,11 @@ def format_summary(summary: Summary) -> str:
             f"{tally.atoms:10d} {1000 * tally.seconds / max(1, tally.structures):8.1f} "
             f"{tally.structures * factor:8.0f} {tally.seconds * factor / 3600.0:6.2f}"
         )
-    systems, planned, structures, atoms, seconds = (
-        sum(t[k] for t in summary.tallies) for k in (1, 2, 3, 4, 5)
+    systems, planned, structures, atoms = (
+        sum(getattr(t, name) for t in summary.tallies)
+        for name in ("systems", "planned", "structures", "atoms")
     )
+    seconds = sum(t.seconds for t in summary.tallies)
     lines.append(
         f"{structures} structures with {atoms} atoms, of {systems} of {planned} systems, in "
         f"{seconds:.0f} s of workers' time ({structures / max(seconds, 1e-9):.1f} structures/s)"

@@ -135,9 +135,8 @@ def normal_modes(
     n = positions.size
     hessian = np.zeros((n, n))
     for k in range(n):
-        shift = np.zeros(n)
-        shift[k] = _STEP
-        shift = shift.reshape(positions.shape)
+        shift = np.zeros(positions.shape)
+        shift.flat[k] = _STEP
         difference = forces(positions - shift) - forces(positions + shift)
         hessian[k] = difference.ravel() / (2.0 * _STEP)
     root = np.repeat(np.sqrt(masses), 3)
