@@ -1,0 +1,76 @@
+"""The engine of compiled students with the fused kernels; the only part that needs Warp."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import openmm_mlffd.kernels.ops  # noqa: F401 (registers torch.ops.mlffd)
+from openmm_mlffd.fast import FastPotential, Rows
+from openmm_mlffd.potential import Potential
+from openmm_mlffd.rows import SMALLEST_BINNED
+
+_DENSITY = 0.11  # atoms per cubic Å in water and proteins, a little more than there are
+_MOST_SLOTS = 2**31 - 1  # kernels count slots in int32
+
+
+class _Needs(nn.Module):
+    """Names what has to be imported; see kernels/ops.py."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.never = False
+
+    def forward(self) -> None:
+        if self.never:
+            torch.ops.mlffd.import_openmm_mlffd_kernels_ops_first()
+
+
+class FusedEngine(nn.Module):
+    """Energy [eV] and forces [eV/Å] of one system, its neighbors searched in every call.
+
+    Nothing is kept between calls, so threads and systems may share an instance.
+
+    Parameters
+    ----------
+    potential
+        The student in double precision.
+    precision, remember
+        As of `FastPotential`.
+    """
+
+    def __init__(self, potential: Potential, *, precision: str, remember: bool) -> None:
+        super().__init__()
+        self.needs = _Needs()  # before what needs it: modules are read in this order
+        self.fast = FastPotential(potential, precision=precision, remember=remember)
+        self.cutoff = potential.cutoff
+        self.smallest_binned = SMALLEST_BINNED
+        self.most_slots = _MOST_SLOTS
+        self.expected = 4 / 3 * math.pi * potential.cutoff**3 * _DENSITY
+
+    def forward(
+        self, positions: Tensor, species: Tensor, cell: Tensor, pbc: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        self.needs()
+        n, device = positions.shape[0], positions.device
+        box, periodic = cell.unsqueeze(0), pbc.unsqueeze(0).contiguous()
+        system = torch.zeros([n], dtype=torch.int32, device=device)
+        first = torch.tensor([0, n], dtype=torch.int32, device=device)
+        room = 16 * int(math.ceil(1.25 * self.expected / 16.0))
+        neighbors, images, reverse, counts = torch.ops.mlffd.neighbor_rows(
+            positions, box, periodic, system, first, self.cutoff, room, n > self.smallest_binned
+        )
+        most = int(counts.max())
+        if most > room:
+            room = most
+            if room * n > self.most_slots:
+                raise RuntimeError(f"{n} atoms with up to {most} neighbors each are too many")
+            neighbors, images, reverse, counts = torch.ops.mlffd.neighbor_rows(
+                positions, box, periodic, system, first, self.cutoff, room,
+                n > self.smallest_binned,
+            )  # fmt: skip
+        rows = Rows(
+            positions, species.to(torch.int32), system, box, neighbors, images, reverse, counts
+        )
+        found = self.fast(rows, False)
+        return found.energy[0], found.forces
