@@ -58,11 +58,13 @@ class _Plain(nn.Module):
     def forward(
         self, positions: Tensor, species: Tensor, cell: Tensor, pbc: Tensor
     ) -> tuple[Tensor, Tensor]:
+        """Of one system: positions and cell in Å, zero where not periodic."""
         edges, shifts = pairs_within(positions, cell, pbc, self.cutoff, self.at_a_time)
         graph = Graph(
             positions, species, torch.zeros_like(species), cell.unsqueeze(0), edges, shifts
         )
-        with torch.enable_grad():  # forces are a derivative, whatever the host is doing
+        with torch.no_grad():  # puts back in the end what the host had
+            torch.set_grad_enabled(True)  # forces are a derivative
             found = self.potential(graph)
         return found.energy[0], found.forces
 
@@ -108,6 +110,8 @@ class _Student(nn.Module):
                 periodic = pbc.to(x.device, torch.bool)
             given = box.detach().to(x.device, torch.float64) * self.length
             cell = torch.where(periodic.unsqueeze(1), given, cell)
+            if bool(periodic.any()) and not float(torch.linalg.svdvals(cell[periodic]).prod()) > 0:
+                raise ValueError(f"the periodic box has no volume: box vectors [nm] {box}")
         elif pbc is not None and bool(pbc.any()):
             raise ValueError("periodic directions need a box")
         energy, forces = self.engine(x, species, cell, periodic)
@@ -129,6 +133,7 @@ class _OfAtoms(nn.Module):
         self.register_buffer("numbers", torch.tensor(list(numbers), dtype=torch.int64))
 
     def forward(self, positions: Tensor, box: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As of the student."""
         return self.student(positions, self.numbers, box)
 
 
@@ -319,9 +324,7 @@ def _placed(elements: list[int], n_atoms: int, shape: Tensor, periodic: bool) ->
         length *= 1.05
 
 
-def _check(
-    module: Any, reference: Potential, precision: str, of_atoms: bool
-) -> dict[str, float]:
+def _check(module: Any, reference: Potential, precision: str, of_atoms: bool) -> dict[str, float]:
     """Largest differences to the reference; raises `CompileError` if they are too large."""
     largest, energy_limit, force_limit = {"energy": 0.0, "force": 0.0}, *_TOLERANCES[precision]
     whole = module.student if of_atoms else module

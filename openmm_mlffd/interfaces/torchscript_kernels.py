@@ -14,18 +14,6 @@ _DENSITY = 0.11  # atoms per cubic Å in water and proteins, a little more than 
 _MOST_SLOTS = 2**31 - 1  # kernels count slots in int32
 
 
-class _Needs(nn.Module):
-    """Names what has to be imported; see kernels/ops.py."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.never = False
-
-    def forward(self) -> None:
-        if self.never:
-            torch.ops.mlffd.import_openmm_mlffd_kernels_ops_first()
-
-
 class FusedEngine(nn.Module):
     """Energy [eV] and forces [eV/Å] of one system, its neighbors searched in every call.
 
@@ -41,7 +29,6 @@ class FusedEngine(nn.Module):
 
     def __init__(self, potential: Potential, *, precision: str, remember: bool) -> None:
         super().__init__()
-        self.needs = _Needs()  # before what needs it: modules are read in this order
         self.fast = FastPotential(potential, precision=precision, remember=remember)
         self.cutoff = potential.cutoff
         self.smallest_binned = SMALLEST_BINNED
@@ -51,12 +38,12 @@ class FusedEngine(nn.Module):
     def forward(
         self, positions: Tensor, species: Tensor, cell: Tensor, pbc: Tensor
     ) -> tuple[Tensor, Tensor]:
-        self.needs()
+        """Of one system: positions and cell in Å, zero where not periodic."""
         n, device = positions.shape[0], positions.device
         box, periodic = cell.unsqueeze(0), pbc.unsqueeze(0).contiguous()
         system = torch.zeros([n], dtype=torch.int32, device=device)
         first = torch.tensor([0, n], dtype=torch.int32, device=device)
-        room = 16 * int(math.ceil(1.25 * self.expected / 16.0))
+        room = 16 * math.ceil(1.25 * self.expected / 16.0)
         neighbors, images, reverse, counts = torch.ops.mlffd.neighbor_rows(
             positions, box, periodic, system, first, self.cutoff, room, n > self.smallest_binned
         )
