@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
+from openmm_mlffd.painn import PaiNN
 
 KERNELS = ("auto", "fused", "eager")
-"""Fused kernels (Warp), plain torch, or the first of these that there is."""
+"""Fused kernels (Warp), plain torch, or the first of these that can evaluate the student."""
 
 PRECISIONS = ("single", "mixed", "double")
 """Of the network; OpenMM's words."""
@@ -46,8 +47,8 @@ def open_evaluator(
     Raises
     ------
     ValueError
-        If a word or the device is unknown, mixed precision is asked of plain torch, or as
-        `Evaluator`.
+        If a word or the device is unknown, mixed precision is asked of plain torch, fused kernels
+        of a variant of PaiNN, or as `Evaluator`.
     ImportError
         If fused kernels are asked for and Warp is missing.
     """
@@ -61,9 +62,14 @@ def open_evaluator(
 
         # the weights are rounded once, to what the kernels read
         potential = source.load(device=where, precision="double")
-        return FastEvaluator(potential, numbers, precision=precision, labels=labels)
+        if kernels == "fused" or isinstance(potential.network, PaiNN):
+            return FastEvaluator(potential, numbers, precision=precision, labels=labels)
+        _logger.warning("variants of PaiNN run in plain torch, many times slower than PaiNN itself")
     if precision == "mixed":
-        raise ValueError("mixed precision needs the fused kernels: pip install warp-lang")
+        raise ValueError(
+            "mixed precision needs the fused kernels: pip install warp-lang, and a student that is "
+            "no variant"
+        )
     return Evaluator(source.load(device=where, precision=precision), numbers, labels=labels)
 
 

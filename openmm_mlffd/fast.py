@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from openmm_mlffd.filters import tabulate
 from openmm_mlffd.kernels import ops  # noqa: F401 (registers torch.ops.mlffd)
-from openmm_mlffd.painn import Interaction, Mixing
+from openmm_mlffd.painn import Interaction, Mixing, PaiNN
 from openmm_mlffd.potential import Potential, Prediction
 from openmm_mlffd.radial import SOFTENING
 
@@ -203,7 +203,8 @@ class FastPotential(nn.Module):
     Raises
     ------
     ValueError
-        If the precision is not one of these, or the student's cutoff is within its core.
+        If the precision is not one of these, the student is a variant of PaiNN, or its cutoff is
+        within its core.
     """
 
     table: Tensor
@@ -219,6 +220,11 @@ class FastPotential(nn.Module):
         if precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
         network, device = potential.network, next(potential.parameters()).device
+        if not isinstance(network, PaiNN):
+            raise ValueError(
+                "the fused kernels are those of PaiNN, and this student is a variant of it; use "
+                "plain torch (engine='eager' or 'auto')"
+            )
         real = torch.float64 if precision == "double" else torch.float32
         like = torch.zeros((), dtype=real, device=device)
         stored = torch.float16 if precision == "mixed" else real

@@ -24,7 +24,7 @@ from openmm_mlffd.training.step import TrainingStep
 log = logging.getLogger(__name__)
 
 _WARM_UP = 3
-_REPLAYED = 1e-3  # largest relative deviation: the order of additions is not fixed
+_REPLAYED = 1e-2  # largest relative deviation; additions in another order and TF32 make 3e-3
 
 
 class ResidentStep:

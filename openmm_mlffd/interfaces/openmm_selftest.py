@@ -19,7 +19,7 @@ LARGEST = 20_000
 N_CALLS = 3
 """Compiled engines change between their first calls; all must agree, the step's among them."""
 
-STEP = 5e-4
+STEP = 1e-4
 """Of the finite differences [Å]."""
 
 # of energies [eV/atom], of forces [eV/Å], and of both relative to the largest force: where atoms

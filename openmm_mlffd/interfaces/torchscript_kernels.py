@@ -8,10 +8,7 @@ from torch import Tensor, nn
 import openmm_mlffd.kernels.ops  # noqa: F401 (registers torch.ops.mlffd)
 from openmm_mlffd.fast import FastPotential, Rows
 from openmm_mlffd.potential import Potential
-from openmm_mlffd.rows import SMALLEST_BINNED
-
-_DENSITY = 0.11  # atoms per cubic Å in water and proteins, a little more than there are
-_MOST_SLOTS = 2**31 - 1  # kernels count slots in int32
+from openmm_mlffd.rows import DENSITY, MOST_SLOTS, SMALLEST_BINNED
 
 
 class FusedEngine(nn.Module):
@@ -32,8 +29,8 @@ class FusedEngine(nn.Module):
         self.fast = FastPotential(potential, precision=precision, remember=remember)
         self.cutoff = potential.cutoff
         self.smallest_binned = SMALLEST_BINNED
-        self.most_slots = _MOST_SLOTS
-        self.expected = 4 / 3 * math.pi * potential.cutoff**3 * _DENSITY
+        self.most_slots = MOST_SLOTS
+        self.expected = 4 / 3 * math.pi * potential.cutoff**3 * DENSITY
 
     def forward(
         self, positions: Tensor, species: Tensor, cell: Tensor, pbc: Tensor

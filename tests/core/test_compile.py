@@ -74,6 +74,29 @@ def test_compiled_student_is_the_student(
     assert predict(student, box).forces.abs().max() > 0.1
 
 
+def test_more_neighbors_than_expected_are_all_found(compiled, file, predict, box):
+    dense = box._replace(positions=0.6 * box.positions, cell=0.6 * box.cell)
+    student = load_student(file, precision="double")
+    rows = dense.numbers.shape[0] * (4 / 3 * np.pi * 4.0**3) / np.linalg.det(dense.cell)
+    assert rows > 80  # there is room for 48 at first
+    expected = predict(student, dense).forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
+    found = load_compiled(compiled("kernels"))(*inputs(dense))[1]
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_variants_are_compiled_with_plain_torch_alone(make_header, make_student, tmp_path):
+    sizes = {"n_channels": 8, "n_interactions": 2, "n_basis": 8, "norm_softening": 0.01}
+    choices = {"filters": "spline", "pair_filters": True, "charges": True, "tail": True}
+    kind = {"kind": "painn-variant", "message_cutoff": 3.0}
+    changes = {"architecture": {**kind, **sizes, **choices}}
+    path = tmp_path / "variant.safetensors"
+    save_student(path, make_student(**changes), make_header(**changes))
+    found = compile_student(path, tmp_path / "x.pt", flavour="torch", precision="double")
+    assert found["differences"]["force"] < 1e-10
+    with pytest.raises(ValueError, match="compile it with the flavour 'torch'"):
+        compile_student(path, tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("flavour", ["kernels", "torch"])
 def test_module_works_frozen_in_float32_and_without_gradients(compiled, box, flavour):
     module = load_compiled(compiled(flavour))

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from openmm_mlffd.engines import open_evaluator
+from openmm_mlffd.evaluator import StudentSource
 from openmm_mlffd.graph import build_graph
 from openmm_mlffd.modelfile import ModelFileError, load_student, make_potential, save_student
 from openmm_mlffd.potential import edge_vectors
@@ -205,6 +207,17 @@ def test_variant_comes_back_from_its_file(variant, header, ethanol, predict, tmp
     assert again.header.architecture == header.architecture
     energies = [predict(p, ethanol).energy.item() for p in (again, variant)]
     assert abs(energies[0] - energies[1]) < 1e-12  # where tensors lie decides on the last bits
+
+
+def test_variant_is_evaluated_in_plain_torch(variant, header, ethanol, predict, tmp_path):
+    path = tmp_path / "variant.safetensors"
+    save_student(path, variant, header)
+    options = {"numbers": ethanol.numbers, "precision": "double", "device": "cpu"}
+    source = StudentSource.find(path)
+    found = open_evaluator(source, **options).predict(ethanol.positions)
+    assert abs(found.energy.item() - predict(variant, ethanol).energy.item()) < 1e-10
+    with pytest.raises(ValueError, match="this student is a variant of it"):
+        open_evaluator(source, kernels="fused", **options)
 
 
 @pytest.mark.parametrize(
