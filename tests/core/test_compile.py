@@ -269,7 +269,7 @@ def test_unknown_words_are_refused(file, tmp_path):
             compile_student(file, tmp_path / "x.pt", **words)
 
 
-def test_command_writes_a_module_for_the_atoms_of_a_file(file, tmp_path, monkeypatch, capsys):
+def test_command_writes_a_module_for_the_atoms_of_a_file(tmp_path, monkeypatch, capsys):
     structure = tmp_path / "water.pdb"
     structure.write_text(
         "HETATM    1  O   HOH A   1       0.000   0.000   0.000  1.00  0.00           O\n"
@@ -277,7 +277,7 @@ def test_command_writes_a_module_for_the_atoms_of_a_file(file, tmp_path, monkeyp
         "HETATM    3  H2  HOH A   1      -0.240   0.930   0.000  1.00  0.00           H\nEND\n"
     )
     output = tmp_path / "water.pt"
-    words = ["mlffd", "compile", file, "-o", output, "--flavour", "torch"]
+    words = ["mlffd", "compile", "default", "-o", output, "--precision", "mixed"]
     monkeypatch.setattr(sys, "argv", [*map(str, words), "--structure", str(structure)])
     with pytest.raises(SystemExit) as exit_:
         cli.main()
