@@ -118,6 +118,9 @@ class LossConfig:
     hessian_delta: float = 0.5
     """Where it turns from quadratic to linear [eV/Å²]."""
 
+    clash: float = 0.0
+    """Pairs of atoms much closer than a bond that do not push apart, see `clash.py`."""
+
     schedule: dict[str, list[list[float]]] = field(default_factory=dict)
     """Term to pairs [share of the run, factor of its weight], linear in between."""
 

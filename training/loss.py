@@ -10,8 +10,8 @@ from torch.nn.functional import cosine_similarity
 from openmm_mlffd.training.config import LossConfig
 from openmm_mlffd.training.targets import BatchTotals, TrainingBatch, count_totals
 
-TERMS = ("energy", "forces", "stress", "angle", "charges", "hessian")
-"""Names of the terms, in the order of their weights."""
+TERMS = ("energy", "forces", "stress", "angle", "charges", "hessian", "clash")
+"""Names of the terms, in the order of their weights; "clash" is that of `clash.py`."""
 
 _TINY = 1e-12  # within roots, whose slope at zero is infinite
 

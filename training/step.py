@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmm_mlffd.potential import Potential
+from openmm_mlffd.training.clash import clashing_pairs, lack_of_push
 from openmm_mlffd.training.config import TrainConfig
 from openmm_mlffd.training.flat import FlatWeights
 from openmm_mlffd.training.loss import TERMS, NetworkPrediction, loss_terms
@@ -76,23 +77,29 @@ def _derivative(value: Tensor, vectors: Tensor) -> Tensor:
 class _Loss(nn.Module):
     """The terms of the loss, as a module, so that its weights can be arguments of a function."""
 
-    def __init__(self, network: nn.Module, energy_scale: float, config: TrainConfig) -> None:
+    def __init__(self, potential: Potential, config: TrainConfig) -> None:
         super().__init__()
-        self.network = network
-        self._scale = energy_scale
+        self.network = potential.network
+        self._scale = potential.energy_scale
         self._config = config
+        self._clashing = clashing_pairs(potential) if config.loss.clash else None
 
     def forward(self, batch: TrainingBatch, totals: Tensor, factors: Tensor) -> Tensor:
-        """Weighted terms in the order of `TERMS`, shape (6,)."""
+        """Weighted terms in the order of `TERMS`, shape (len(TERMS),)."""
         config = self._config
         with torch.autocast(
             batch.vectors.device.type, dtype=torch.bfloat16, enabled=config.mixed_precision
         ):
             found = predict(self.network, batch, self._scale, hessian=config.loss.hessian > 0)
+            close = None
+            if self._clashing is not None:
+                close = predict(self.network, self._clashing, self._scale)
         named = dict(zip(TERMS, factors.unbind(), strict=True))
-        terms = loss_terms(
-            found, batch, config.loss, totals=BatchTotals(*totals.unbind()), factors=named
-        )
+        sums = BatchTotals(*totals.unbind())
+        terms = loss_terms(found, batch, config.loss, totals=sums, factors=named)
+        if close is not None:  # of several processes, each counts for its part of the atoms
+            part = config.loss.clash * named["clash"] * batch.real.sum() / sums.atoms
+            terms["clash"] = part * lack_of_push(close.forces)
         zero = torch.zeros_like(found.energy[0])
         return torch.stack([terms.get(name, zero).to(zero.dtype) for name in TERMS])
 
@@ -109,13 +116,13 @@ class LossGradient:
     """
 
     def __init__(self, potential: Potential, config: TrainConfig) -> None:
-        self._loss = _Loss(potential.network, potential.energy_scale, config)
+        self._loss = _Loss(potential, config)
         self._names = [name for name, _ in self._loss.named_parameters()]
 
     def __call__(
         self, weights: Sequence[Tensor], batch: Sequence[Tensor], totals: Tensor, factors: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
-        """Terms, shape (6,), and the gradient by each of the weights."""
+        """Terms, shape (len(TERMS),), and the gradient by each of the weights."""
         own = dict(zip(self._names, weights, strict=True))
         arguments = (TrainingBatch(*batch), totals, factors)
         terms = torch.func.functional_call(self._loss, own, arguments)

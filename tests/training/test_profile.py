@@ -36,7 +36,7 @@ def test_profile_prints_speeds_and_where_the_time_goes(morse_config, tmp_path):
         per_step = timing.atoms_per_second * timing.step_ms / 1e3
         assert 30 < per_step <= config.batch_atoms
         assert timing.launches > 100
-        assert 0.5 < sum(part for _, part in timing.top) <= 1.001
+        assert 0.3 < sum(part for _, part in timing.top) <= 1.001
     assert "atoms/s" in lines[0]
     assert any("where the time goes" in line for line in lines)
     assert not (tmp_path / "run").exists()

@@ -35,7 +35,7 @@ def batch(make_structures, student):
 
 def run(step, batch, n=3, rate=1e-3, newest=0.25):
     for i in range(n):
-        step.set_controls(rate, newest, (0, i), [1.0] * 6)
+        step.set_controls(rate, newest, (0, i), [1.0] * len(TERMS))
         step.run(batch, count_totals(batch, CONFIG.loss.angle_threshold))
 
 
@@ -79,7 +79,7 @@ def test_factors_scale_the_terms(student, batch):
     totals = count_totals(batch, 0.3)
     found = []
     for factor in (1.0, 3.0):
-        step.set_controls(0.0, 0.0, (0, 0), [factor, 1.0, 1.0, 1.0, 1.0, 1.0])
+        step.set_controls(0.0, 0.0, (0, 0), [factor, *[1.0] * (len(TERMS) - 1)])
         step.differentiate(batch, totals)
         found.append(step.losses.clone())
     assert found[1][0] == pytest.approx(3 * found[0][0].item())
@@ -89,12 +89,14 @@ def test_factors_scale_the_terms(student, batch):
 @pytest.mark.parametrize("hessian", [0.0, 0.5])
 def test_traced_gradient_is_that_of_autograd(student, batch, hessian):
     """All derivatives written out, which is what is compiled."""
-    config = TrainConfig(data=None, loss=LossConfig(stress=0.2, hessian=hessian))
+    config = TrainConfig(
+        data=None, loss=LossConfig(stress=0.2, hessian=hessian, clash=10 * hessian)
+    )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.forces.shape, generator=generator, dtype=torch.float64)
     batch = batch._replace(probe=noise, curvature=noise)
     step = TrainingStep(student, copy.deepcopy(student), config)
-    totals, factors = count_totals(batch, 0.3).double(), torch.ones(6, dtype=torch.float64)
+    totals, factors = count_totals(batch, 0.3).double(), torch.ones(len(TERMS), dtype=torch.float64)
     weights = step.weights
     terms, gradient = step.loss_gradient(weights, list(batch), totals, factors)
     traced = step.loss_gradient.traced(weights, list(batch), totals, factors)
@@ -131,7 +133,7 @@ def test_traced_gradient_of_a_student_with_charges_and_tail(make_header, make_st
     batch = training_batch(make_batch(make_structures(8), student, CPU), student)
     config = TrainConfig(data=None, loss=LossConfig(charges=1.0))
     step = TrainingStep(student, copy.deepcopy(student), config)
-    arguments = (list(batch), count_totals(batch, 0.3).double(), torch.ones(6).double())
+    arguments = (list(batch), count_totals(batch, 0.3).double(), torch.ones(len(TERMS)).double())
     terms, gradient = step.loss_gradient(step.weights, *arguments)
     traced = step.loss_gradient.traced(step.weights, *arguments)
     with torch.no_grad():
@@ -150,7 +152,7 @@ def test_compiled_steps_make_the_weights_of_plain_steps(student, batch):
         mine = copy.deepcopy(student)
         step = TrainingStep(mine, copy.deepcopy(mine), CONFIG)
         if compiled:
-            step.set_controls(0.0, 0.0, (0, 0), [1.0] * 6)
+            step.set_controls(0.0, 0.0, (0, 0), [1.0] * len(TERMS))
             assert step.compile(batch, count_totals(batch, 0.3))
         run(step, batch)
         weights.append([p.detach() for p in mine.network.parameters()])
@@ -180,7 +182,7 @@ def test_bfloat16_gives_nearly_the_same_gradient(make_student, make_structures):
     for mixed in (False, True):
         config = TrainConfig(data=None, mixed_precision=mixed)
         step = TrainingStep(student, copy.deepcopy(student), config)
-        step.set_controls(0.0, 0.0, (0, 0), [1.0] * 6)
+        step.set_controls(0.0, 0.0, (0, 0), [1.0] * len(TERMS))
         step.differentiate(batch, count_totals(batch, 0.3))
         found.append(step._flat.gradient.clone())
     assert found[1].dtype == torch.float32
@@ -219,7 +221,7 @@ def test_compiled_gradient_that_is_wrong_is_not_used(student, batch, caplog, mon
 
     monkeypatch.setattr(torch, "compile", miscompiled)
     step = TrainingStep(student, copy.deepcopy(student), CONFIG)
-    step.set_controls(0.0, 0.0, (0, 0), [1.0] * 6)
+    step.set_controls(0.0, 0.0, (0, 0), [1.0] * len(TERMS))
     with caplog.at_level(logging.WARNING):
         assert not step.compile(batch, count_totals(batch, 0.3))
     assert "the compiled gradient differs by a part of 1.0e-01" in caplog.text
@@ -227,7 +229,7 @@ def test_compiled_gradient_that_is_wrong_is_not_used(student, batch, caplog, mon
 
 def test_replay_that_does_something_else_is_noticed(student, batch):
     step = TrainingStep(student, copy.deepcopy(student), CONFIG)
-    step.set_controls(1e-3, 0.1, (0, 0), [1.0] * 6)
+    step.set_controls(1e-3, 0.1, (0, 0), [1.0] * len(TERMS))
     totals = count_totals(batch, 0.3)
     before = [p.detach().clone() for p in student.network.parameters()]
     check_replay(lambda: step.run(batch, totals), lambda: step.run(batch, totals), step)
