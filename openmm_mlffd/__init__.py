@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from openmm_mlffd.interfaces.openmm_pressure import pressure as pressure
     from openmm_mlffd.interfaces.openmm_stored import load_system as load_system
     from openmm_mlffd.interfaces.openmm_stored import save_system as save_system
+    from openmm_mlffd.interfaces.torchscript import compile_student as compile_student
+    from openmm_mlffd.interfaces.torchscript import load_compiled as load_compiled
     from openmm_mlffd.modelfile import load_student as load_student
     from openmm_mlffd.modelfile import save_student as save_student
     from openmm_mlffd.painn import PaiNN as PaiNN
@@ -38,6 +40,8 @@ _LAZY = {
     "NoveltyReporter": "openmm_mlffd.interfaces.openmm_alarm",
     "PaiNN": "openmm_mlffd.painn",
     "Potential": "openmm_mlffd.potential",
+    "compile_student": "openmm_mlffd.interfaces.torchscript",
+    "load_compiled": "openmm_mlffd.interfaces.torchscript",
     "load_student": "openmm_mlffd.modelfile",
     "load_system": "openmm_mlffd.interfaces.openmm_stored",
     "prepare": "openmm_mlffd.interfaces.openmm_prepare",
@@ -56,6 +60,8 @@ __all__ = [
     "PaiNN",
     "Potential",
     "__version__",
+    "compile_student",
+    "load_compiled",
     "load_student",
     "load_system",
     "prepare",

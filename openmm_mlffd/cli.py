@@ -170,6 +170,39 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command("compile")
+def compile_command(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write, .pt.")],
+    flavour: Annotated[
+        str, typer.Option(help="kernels (fused, needs this package) or torch (needs only torch).")
+    ] = "kernels",
+    precision: Annotated[str, typer.Option(help="single, mixed or double.")] = "single",
+    structure: Annotated[
+        Path | None, typer.Option(help="PDB, CIF or SDF file of the atoms it is for.")
+    ] = None,
+) -> None:
+    """Write a student as a TorchScript module for TorchForce, GROMACS and C++."""
+    from openmm_mlffd.interfaces.torchscript import CompileError, compile_student
+
+    numbers = None
+    if structure is not None:
+        from openmm_mlffd.validation.structures import atomic_numbers
+
+        numbers = atomic_numbers(structure)
+    try:
+        found = compile_student(
+            model, output, flavour=flavour, precision=precision, numbers=numbers
+        )["differences"]
+    except CompileError as error:
+        typer.echo(f"mlffd: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(
+        f"{output}: differs from float64 by {found['energy']:.1e} eV/atom and "
+        f"{found['force']:.1e} eV/Å"
+    )
+
+
 @app.command()
 def novelty(
     model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],

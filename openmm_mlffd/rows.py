@@ -12,8 +12,8 @@ from openmm_mlffd.neighbors import DEFAULT_SKIN
 SMALLEST_BINNED = 128
 """Systems of fewer atoms are searched pair by pair."""
 
-_MOST_SLOTS = 2**31 - 1  # kernels count slots in int32
-_DENSITY = 0.11  # atoms per cubic Å in water and proteins, a little more than there are
+MOST_SLOTS = 2**31 - 1  # kernels count slots in int32
+DENSITY = 0.11  # atoms per cubic Å in water and proteins, a little more than there are
 
 
 class VerletRows:
@@ -73,14 +73,14 @@ class VerletRows:
         largest = int(self.first.diff().max()) if n_atoms else 0
         self.binned = largest > SMALLEST_BINNED
         self._positions = torch.full((n_atoms, 3), math.inf, dtype=torch.float64, device=device)
-        expected = 4 / 3 * math.pi * (cutoff + skin) ** 3 * _DENSITY
+        expected = 4 / 3 * math.pi * (cutoff + skin) ** 3 * DENSITY
         alone = largest if not bool(pbc.any()) else n_atoms * 27
         self._species, self._system = species.to(torch.int32).contiguous(), system
         self._allocate(capacity if capacity is not None else _rounded(min(expected, alone)))
 
     def _allocate(self, capacity: int) -> None:
         n_atoms, device = self._species.shape[0], self._species.device
-        if n_atoms * capacity > _MOST_SLOTS:
+        if n_atoms * capacity > MOST_SLOTS:
             raise NeighborOverflow(
                 f"{n_atoms} atoms with up to {capacity} neighbors each are more than a list holds"
             )

@@ -21,7 +21,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "process": ("memory", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "fast filters graph neighbors painn potential radial repulsion rows tail variants",
+        "fast filters graph neighbors painn pairs potential radial repulsion rows tail variants",
         "facts kernels physics",
         "torch numpy",
     ),
@@ -40,6 +40,11 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "numpy openmm openmmml ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
+    "torchscript": (
+        "interfaces.torchscript interfaces.torchscript_kernels",
+        "facts kernels physics files torchscript",
+        "torch numpy",
+    ),
     # of processes of their own: teachers run where nothing of this project is installed
     "teachers": (
         "training.teacher_worker training.so3lr training.orb",
@@ -80,11 +85,15 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "torch numpy openmm openmmml matplotlib",
     ),
     "empty": ("interfaces students", "", ""),
-    "package": ("", "physics files ase openmm", ""),  # only lazily: tests/test_import.py
+    "package": (
+        "",
+        "physics files ase openmm torchscript",
+        "",
+    ),  # only lazily: tests/test_import.py
     "cli": (
         "cli cli_data",
-        "cli package process facts files adapter openmm training sources generation datasets "
-        "validation suite bench",
+        "cli package process facts files adapter openmm torchscript training sources generation "
+        "datasets validation suite bench",
         "typer",
     ),
 }

@@ -97,7 +97,10 @@ def test_units_are_converted_by_units_py_alone(file):
 
 @pytest.mark.parametrize("file", SOURCES, ids=names)
 def test_nothing_runs_code_from_files_or_changes_global_state(file):
-    assert not list(forbidden_calls(file.read_text()))
+    found = [f.split(": ")[1] for f in forbidden_calls(file.read_text())]
+    # compiled students are code; the user who loads one is told so
+    compiled = file.name == "torchscript.py"
+    assert found == (["torch.jit.load"] if compiled else []), found
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=names)

@@ -42,6 +42,21 @@ def read_structure(path: str | Path) -> tuple[app.Topology, Any]:
     return structure.topology, structure.positions
 
 
+def atomic_numbers(path: str | Path) -> list[int]:
+    """Atomic numbers of a structure's atoms; arguments and errors as of `read_structure`.
+
+    Raises
+    ------
+    StructureError
+        Also if a site is no atom.
+    """
+    atoms = list(read_structure(path)[0].atoms())
+    sites = [a.index for a in atoms if a.element is None]
+    if sites:
+        raise StructureError(f"{path}: site {sites[0]} is no atom; a student needs elements")
+    return [a.element.atomic_number for a in atoms]
+
+
 def read_sdf(path: str | Path) -> tuple[app.Topology, Any]:
     """Topology and positions of the first molecule of an SDF file.
 
