@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from openmm_mlffd.potential import Potential, edge_vectors
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch
 
-BOUND_MARGIN = 5.0
+BOUND_MARGIN = 1.5
 """How far beyond the validation data the network's energies are free."""
 
 
