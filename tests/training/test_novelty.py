@@ -84,7 +84,8 @@ def test_what_was_written_is_what_was_fitted(file, tmp_path):
     path = tmp_path / "x.novelty"
     found = fitting.fit_novelty(None, [file], path, max_structures=20)
     read = load_novelty(None, path)
-    assert replace(read.header, sha256="") == replace(found.novelty.header, sha256="")
+    # as text: where no error exceeds 1 eV/Å there is no area, and nan is not equal to nan
+    assert repr(replace(read.header, sha256="")) == repr(replace(found.novelty.header, sha256=""))
     torch.testing.assert_close(read.whitening, found.novelty.whitening)
     text = fitting.format_fit(found)
     assert f"stop at {read.header.stop:.2f}" in text

@@ -9,7 +9,7 @@ from openmm_mlffd.training.batches import StructureSource, make_batch
 from openmm_mlffd.training.config import TrainConfig
 from openmm_mlffd.training.distributed import Processes
 from openmm_mlffd.training.hdf5 import Dataset, SplitRule, take
-from openmm_mlffd.training.loss import loss_terms
+from openmm_mlffd.training.loss import TERMS, loss_terms
 from openmm_mlffd.training.resident import (
     ResidentStructures,
     estimated_gb,
@@ -215,7 +215,7 @@ def test_padded_steps_make_the_weights_of_plain_steps(source, kind, request):
         data.step._wants_compile = padded  # pads; the traced step replaces the compiled one
         data.step._prepare = lambda: None
         for number in range(data.load_epoch(0)):
-            step.set_controls(1e-3, 0.1, (0, number), [1.0] * 6)
+            step.set_controls(1e-3, 0.1, (0, number), [1.0] * len(TERMS))
             data.step.run(number)
         assert number > 3
         assert int(step.bad_steps) == 0
