@@ -17,6 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it takes units, such as [ps], for styles and leaves them out
 )
 app.add_typer(cli_data.app)
 
@@ -124,7 +125,7 @@ def nve(
         list[float] | None, typer.Option(help="Time step [fs], repeatable; 0.5 and 1 by default.")
     ] = None,
     temperature: Annotated[float, typer.Option(help="Temperature [K].")] = 300.0,
-    precision: Annotated[str, typer.Option(help="single or double.")] = "double",
+    precision: Annotated[str, typer.Option(help="single, mixed or double.")] = "double",
     seed: Annotated[int, typer.Option(help="Seed of the start.")] = 1,
     output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers.")] = None,
 ) -> None:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.resources import files
@@ -19,6 +18,7 @@ import openmm_mlffd
 from openmm_mlffd.elements import atomic_number, symbol
 from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.potential import Potential
+from openmm_mlffd.storage import replacing
 from openmm_mlffd.variants import FILTERS, VariantPaiNN
 
 FORMAT = "mlffd-student"
@@ -114,17 +114,9 @@ def save_student(path: str | Path, potential: Potential, header: StudentHeader) 
     values = asdict(header) | {"created_with": f"openmm-mlffd {openmm_mlffd.__version__}"}
     values["sha256"] = _digest(values, tensors)
     content = {"format": FORMAT, "version": VERSION, "units": UNITS, **values}
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        # not save_file, which lets nobody else read the file
-        with temporary.open("wb") as file:
-            file.write(save(tensors, {_KEY: json.dumps(content, ensure_ascii=False)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # not save_file, which lets nobody else read the file
+    with replacing(path) as file:
+        file.write(save(tensors, {_KEY: json.dumps(content, ensure_ascii=False)}))
     return StudentHeader(**values)
 
 

@@ -13,7 +13,6 @@ and Bates, arXiv 2107.07511 (conformal bounds).
 
 import hashlib
 import json
-import os
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -32,6 +31,7 @@ from openmm_mlffd.graph import Graph
 from openmm_mlffd.modelfile import ModelFileError, find_student, load_student
 from openmm_mlffd.neighbors import VerletList
 from openmm_mlffd.potential import Potential, edge_vectors
+from openmm_mlffd.storage import replacing
 
 FORMAT = "mlffd-novelty"
 VERSION = 1
@@ -309,16 +309,8 @@ def save_novelty(path: str | Path, novelty: Novelty) -> NoveltyHeader:
     values["created_with"] = f"openmm-mlffd {openmm_mlffd.__version__}"
     values["sha256"] = _digest(values, tensors)
     content = {"format": FORMAT, "version": VERSION, **values}
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(save(tensors, {_KEY: json.dumps(content, ensure_ascii=False)}))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(save(tensors, {_KEY: json.dumps(content, ensure_ascii=False)}))
     return NoveltyHeader(**values)
 
 

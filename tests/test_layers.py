@@ -18,17 +18,17 @@ FOLDERS = {
 # "" is the package itself, for its version; the standard library is free for all but the first
 GROUPS: dict[str, tuple[str, str, str]] = {
     "facts": ("units elements", "", ""),
-    "process": ("memory", "", ""),
+    "process": ("memory storage", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
         "fast filters graph neighbors painn pairs potential radial repulsion rows tail variants",
         "facts kernels physics",
         "torch numpy",
     ),
-    "files": ("modelfile", "facts physics package", "torch numpy safetensors"),
+    "files": ("modelfile", "facts physics process package", "torch numpy safetensors"),
     "adapter": (
         "engine engines evaluator novelty",
-        "facts kernels physics files adapter package",
+        "facts kernels physics files adapter process package",
         "torch numpy safetensors",
     ),
     "factory": ("interfaces.openmm_factory", "openmm", ""),
@@ -36,7 +36,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "self-test": ("interfaces.openmm_selftest", "physics adapter", "torch numpy"),
     "openmm": (
         "interfaces.openmm_*",
-        "facts files adapter openmm self-test",
+        "facts files adapter openmm self-test process",
         "numpy openmm openmmml ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
@@ -65,13 +65,13 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "training": (
         "training training.*",
-        "facts physics files adapter training sources teachers",
+        "facts physics files adapter process training sources teachers",
         "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib "
         "distributed dask_jobqueue",
     ),
     "suite": (
         "validation.suite validation.suite.*",
-        "package facts physics files adapter training sources teachers validation suite",
+        "package process facts physics files adapter training sources teachers validation suite",
         "numpy torch openmm openmmml mdtraj matplotlib jinja2 rdkit ase tqdm physical_validation",
     ),
     "validation": (

@@ -1,7 +1,6 @@
 """Checkpoint files of training runs: written whole or not at all, read without pickle."""
 
 import io
-import os
 import pickle
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from openmm_mlffd.storage import replacing
 from openmm_mlffd.training.config import ConfigError, TrainConfig
 
 _FREE = {
@@ -28,18 +28,11 @@ _FREE = {
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a state; the file that is there stays until the new one is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        # not into the file at once: torch.save of a full disk does not raise an OSError
-        content = io.BytesIO()
-        torch.save(state, content)
-        with temporary.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # not into the file at once: torch.save of a full disk does not raise an OSError
+    content = io.BytesIO()
+    torch.save(state, content)
+    with replacing(path) as file:
+        file.write(content.getbuffer())
 
 
 def read_checkpoint(path: Path, config: TrainConfig, device: torch.device) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import pickle
 import pickletools
 import re
@@ -18,6 +17,7 @@ except ImportError as error:
 
 from openmm_mlffd.interfaces import openmm_correction, openmm_force
 from openmm_mlffd.interfaces.openmm_force import ComputationSettings
+from openmm_mlffd.storage import replacing
 
 # what a stored function may consist of: our own restore functions, called once, with plain values
 _OPCODES = """
@@ -126,16 +126,8 @@ def save_system(system: openmm.System, path: str | Path) -> str:
     """
     content = openmm.XmlSerializer.serialize(system).rstrip().encode()
     digest = hashlib.sha256(content).hexdigest()
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content + f"\n<!-- mlffd sha256: {digest} -->\n".encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(content + f"\n<!-- mlffd sha256: {digest} -->\n".encode())
     return digest
 
 

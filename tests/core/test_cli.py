@@ -66,6 +66,13 @@ def test_version_and_help(mlffd):
         assert command in out
 
 
+def test_help_has_the_units(mlffd):
+    code, out, _ = mlffd("nve", "--help")
+    assert code == 0
+    assert "[ps]" in out
+    assert "[fs]" in out
+
+
 def test_from_starter_set_to_an_evaluated_student(mlffd, starter, tmp_path):
     data = tmp_path / "data.h5"
     split = ["--val", 0.2, "--test", 0.2, "--seed", 3]

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from openmm_mlffd.storage import replacing
 
 VERSION = 1
 """Pieces of another version are not used; raised when what a piece measures changes."""
@@ -176,12 +177,8 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_arrays(path: Path, **arrays: Any) -> None:
     """Write an npz file, as a whole or not at all."""
-    temporary = _temporary(path)
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         np.savez_compressed(file, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -195,15 +192,6 @@ def write_text(path: Path, text: str) -> None:
     _replace(path, text.encode())
 
 
-def _temporary(path: Path) -> Path:
-    # several processes may measure the same piece at the same time
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
 def _replace(path: Path, content: bytes) -> None:
-    temporary = _temporary(path)
-    with temporary.open("wb") as file:
+    with replacing(path) as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

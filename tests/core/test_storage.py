@@ -1,0 +1,22 @@
+import pytest
+
+from openmm_mlffd.storage import replacing
+
+
+def test_file_is_written_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "a"
+    with replacing(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_was_there_stays_if_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"ne")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
