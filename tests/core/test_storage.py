@@ -15,9 +15,8 @@ def test_file_is_written_and_nothing_else_is_left(tmp_path):
 def test_what_was_there_stays_if_writing_fails(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"ne")
-        raise RuntimeError
+    with pytest.raises(TypeError), replacing(path) as new:
+        new.write("text is not bytes")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
