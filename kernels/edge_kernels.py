@@ -2,6 +2,9 @@
 
 A group of lanes owns an atom and walks its row; all of it in double precision, from the positions.
 
+Atoms with too many bonded neighbors push them away (`crowding.py`): the first pass counts the
+neighbors, and leaves the energy and its slope for the second.
+
 The network sees softened distances d = √(r² + ε²), and those within the core of a pair of
 elements compressed (`radial.compress_core`): d → ρ(d). The chain rule back to positions, with
 ρ' and the projection of ∂u/∂r = (1 - u uᵀ) / d, is applied once here, not in each block.
@@ -30,8 +33,9 @@ _EDGE = """
     const double* x = (const double*)positions_;
     const int* species = (const int*)species_;
     const double* box = (const double*)cell_ + 9 * ((const int*)system_)[atom];
-    // a pair of elements: core, reach of the repulsion, 1 / screening length, strength
-    const double* pairs = (const double*)pairs_ + 4 * n_elements * species[atom];
+    // a pair of elements: core, reach of the repulsion, 1 / screening length, strength, bond,
+    // and how far away a neighbor is free
+    const double* pairs = (const double*)pairs_ + 6 * n_elements * species[atom];
     const double x0 = x[3 * atom], x1 = x[3 * atom + 1], x2 = x[3 * atom + 2];
     // of slot s: neighbor j, vector r, softened length d; not `near` beyond the cutoff
     #define EDGE(s)                                                                         \\
@@ -46,11 +50,14 @@ _EDGE = """
         const double square = r0 * r0 + r1 * r1 + r2 * r2;                                  \\
         const double d = ::sqrt(square + softening * softening), inverse = 1.0 / d;         \\
         const bool near = square < cutoff * cutoff;                                         \\
-        const double* pair = pairs + 4 * species[j]
+        const double* pair = pairs + 6 * species[j]
+    // of a neighbor that is not free: how far it is on the way there from a bond
+    #define PART(d) ((d) < pair[4] ? 0.0 : ((d) - pair[4]) / (pair[5] - pair[4]))
 """
 
 _GEOMETRY = """
     real* geometry = (real*)geometry_;
+    double counted = 0.0;
     for (int s = lane; s < n_slots; s += LANES) {
         EDGE(s);
         double seen = d;
@@ -61,12 +68,32 @@ _GEOMETRY = """
         real* to = geometry + 4 * (row + s);
         to[0] = (real)(r0 * inverse); to[1] = (real)(r1 * inverse); to[2] = (real)(r2 * inverse);
         to[3] = near && seen < cutoff ? (real)((seen - shortest) * per_interval) : (real)-1;
+        if (near && d < pair[5]) {
+            const double t = PART(d);
+            counted += 1.0 - t * t * t * (10.0 + t * (6.0 * t - 15.0));
+        }
+    }
+#if defined(__CUDA_ARCH__)
+    for (int o = 16; o > 0; o /= 2) counted += __shfl_xor_sync(~0u, counted, o);
+#endif
+    if (lane == 0) {
+        const double excess = counted - ((const double*)limits_)[species[atom]];
+        double energy = 0.0, slope = 0.0;
+        if (excess > 0.0) {
+            const double square = excess * excess, width = softness * softness + square;
+            energy = strength * excess * square / width;
+            slope = strength * square * (3.0 * width - 2.0 * square) / (width * width);
+        }
+        double* out = (double*)crowded_ + 2 * atom;
+        out[0] = energy; out[1] = slope;
     }
 """
 
 _FORCES = """
     const real* by_slot = (const real*)by_slot_;
     const int* reverse = (const int*)reverse_;
+    const double* crowded = (const double*)crowded_;
+    const double crowding = crowded[2 * atom], pushes = crowded[2 * atom + 1];
     double total[10] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
     for (int s = lane; s < n_slots; s += LANES) {
         EDGE(s);
@@ -106,6 +133,13 @@ _FORCES = """
             f0 += slope * u0; f1 += slope * u1; f2 += slope * u2;
             e0 += 0.5 * slope * u0; e1 += 0.5 * slope * u1; e2 += 0.5 * slope * u2;
         }
+        const double pushed = pushes + crowded[2 * j + 1];
+        if (pushed > 0.0 && d < pair[5]) {
+            const double t = PART(d), gone = t * (1.0 - t);
+            const double slope = pushed * -30.0 * gone * gone / (pair[5] - pair[4]);
+            f0 += slope * u0; f1 += slope * u1; f2 += slope * u2;
+            e0 += 0.5 * slope * u0; e1 += 0.5 * slope * u1; e2 += 0.5 * slope * u2;
+        }
         total[0] += f0; total[1] += f1; total[2] += f2;
         if (with_virial) {
             total[4] += r0 * e0; total[5] += r1 * e1; total[6] += r2 * e2;
@@ -120,6 +154,7 @@ _FORCES = """
         for (int k = 0; k < n_totals; ++k) total[k] += __shfl_xor_sync(~0u, total[k], o);
 #endif
     if (lane == 0) {
+        total[3] += crowding;
         double* out = (double*)out_ + 10 * atom;
         for (int k = 0; k < 10; ++k) out[k] = k < n_totals ? total[k] : 0.0;
     }
@@ -139,15 +174,19 @@ def geometry_kernel(real: torch.dtype) -> Any:
         softening: wp.float64,
         shortest: wp.float64,
         per_interval: wp.float64,
+        strength: wp.float64,
+        softness: wp.float64,
         positions_: wp.uint64,
         cell_: wp.uint64,
         system_: wp.uint64,
         species_: wp.uint64,
         pairs_: wp.uint64,
+        limits_: wp.uint64,
         neighbors_: wp.uint64,
         images_: wp.uint64,
         counts_: wp.uint64,
         geometry_: wp.uint64,
+        crowded_: wp.uint64,
     ): ...
 
     def edge_geometry(
@@ -158,20 +197,25 @@ def geometry_kernel(real: torch.dtype) -> Any:
         softening: wp.float64,
         shortest: wp.float64,
         per_interval: wp.float64,
+        strength: wp.float64,
+        softness: wp.float64,
         positions: wp.uint64,  # float64 (n_atoms, 3)
         cell: wp.uint64,  # float64 (n_systems, 3, 3)
         system: wp.uint64,  # int32 (n_atoms,)
         species: wp.uint64,  # int32 (n_atoms,)
-        pairs: wp.uint64,  # float64 (n_elements, n_elements, 4)
+        pairs: wp.uint64,  # float64 (n_elements, n_elements, 6)
+        limits: wp.uint64,  # float64 (n_elements,)
         neighbors: wp.uint64,  # int32 (n_atoms, capacity)
         images: wp.uint64,  # int64 (n_atoms, capacity)
         counts: wp.uint64,  # int32 (n_atoms,)
         # out
         geometry: wp.uint64,  # real (n_atoms, capacity, 4)
+        crowded: wp.uint64,  # float64 (n_atoms, 2): energy of crowding, its slope by neighbors
     ):
         geometry_row(
-            wp.tid(), capacity, n_elements, cutoff, softening, shortest, per_interval, positions,
-            cell, system, species, pairs, neighbors, images, counts, geometry,
+            wp.tid(), capacity, n_elements, cutoff, softening, shortest, per_interval, strength,
+            softness, positions, cell, system, species, pairs, limits, neighbors, images, counts,
+            geometry, crowded,
         )  # fmt: skip
 
     return _kernel(edge_geometry, f"edge_geometry_{NATIVE_TYPES[real]}")
@@ -203,6 +247,7 @@ def forces_kernel(real: torch.dtype) -> Any:
         reverse_: wp.uint64,
         counts_: wp.uint64,
         by_slot_: wp.uint64,
+        crowded_: wp.uint64,
         out_: wp.uint64,
     ): ...
 
@@ -218,19 +263,20 @@ def forces_kernel(real: torch.dtype) -> Any:
         cell: wp.uint64,  # float64 (n_systems, 3, 3)
         system: wp.uint64,  # int32 (n_atoms,)
         species: wp.uint64,  # int32 (n_atoms,)
-        pairs: wp.uint64,  # float64 (n_elements, n_elements, 4)
+        pairs: wp.uint64,  # float64 (n_elements, n_elements, 6)
         neighbors: wp.uint64,  # int32 (n_atoms, capacity)
         images: wp.uint64,  # int64 (n_atoms, capacity)
         reverse: wp.uint64,  # int32 (n_atoms, capacity)
         counts: wp.uint64,  # int32 (n_atoms,)
         by_slot: wp.uint64,  # real (n_atoms, capacity, 4), as the message kernels leave it
+        crowded: wp.uint64,  # float64 (n_atoms, 2), as edge_geometry leaves it
         # out
         totals: wp.uint64,  # float64 (n_atoms, 10): force, repulsion, virial xx yy zz yz xz xy
     ):
         forces_row(
             wp.tid(), capacity, n_elements, with_virial, cutoff, softening, per_interval,
             positions, cell, system, species, pairs, neighbors, images, reverse, counts, by_slot,
-            totals,
+            crowded, totals,
         )  # fmt: skip
 
     return _kernel(edge_forces, f"edge_forces_{NATIVE_TYPES[real]}")

@@ -16,6 +16,7 @@ def edge_geometry(
     system: Tensor,
     species: Tensor,
     pairs: Tensor,
+    limits: Tensor,
     neighbors: Tensor,
     images: Tensor,
     counts: Tensor,
@@ -23,9 +24,11 @@ def edge_geometry(
     softening: float,
     shortest: float,
     per_interval: float,
+    strength: float,
+    softness: float,
     double: bool,
-) -> Tensor:
-    """Direction of each edge, and its distance in intervals of the filters' table.
+) -> tuple[Tensor, Tensor]:
+    """Direction of each edge, its distance in intervals of the filters' table, and crowding.
 
     Parameters
     ----------
@@ -37,7 +40,11 @@ def edge_geometry(
         Of each atom, shape ``(n_atoms,)``, int32.
     pairs
         Of two elements: core [Å], reach of the repulsion [Å], inverse of its screening length
-        [1/Å], strength [eV Å]; shape ``(n_elements, n_elements, 4)``, float64.
+        [1/Å], strength [eV Å], length of a bond [Å], distance [Å] where they are free of one
+        another; shape ``(n_elements, n_elements, 6)``, float64.
+    limits
+        Coordination of each element beyond which neighbors repel, shape ``(n_elements,)``,
+        float64.
     neighbors, images, counts
         See `neighbor_rows`.
     cutoff, softening
@@ -46,24 +53,31 @@ def edge_geometry(
         Distance [Å] of the table's first knot.
     per_interval
         Intervals of the table per Å.
+    strength, softness
+        Of crowding [eV], in neighbors; see `openmm_mlffd.crowding`.
     double
         Whether the result is float64, else float32. The arithmetic is float64.
 
     Returns
     -------
-    Tensor
+    geometry
         Shape ``(n_atoms, capacity, 4)``; the last number is negative beyond the cutoff.
+    crowded
+        Energy of crowding of each atom [eV] and its derivative by the coordination [eV], shape
+        ``(n_atoms, 2)``, float64.
     """
     real = torch.float64 if double else torch.float32
     (n_atoms, capacity), device = neighbors.shape, positions.device
     _check(positions, cell, system, species, pairs, neighbors, images, counts)
+    require("limits", limits, torch.float64, (pairs.shape[0],), device)
     geometry = torch.empty((n_atoms, capacity, 4), dtype=real, device=device)
+    crowded = torch.empty((n_atoms, 2), dtype=torch.float64, device=device)
     launch(
         kernels.geometry_kernel(real), n_atoms * _lanes(device), device, capacity, pairs.shape[0],
-        cutoff, softening, shortest, per_interval, positions, cell, system, species, pairs,
-        neighbors, images, counts, geometry,
+        cutoff, softening, shortest, per_interval, strength, softness, positions, cell, system,
+        species, pairs, limits, neighbors, images, counts, geometry, crowded,
     )  # fmt: skip
-    return geometry
+    return geometry, crowded
 
 
 def edge_forces(
@@ -77,30 +91,34 @@ def edge_forces(
     reverse: Tensor,
     counts: Tensor,
     by_slot: Tensor,
+    crowded: Tensor,
     cutoff: float,
     softening: float,
     per_interval: float,
     with_virial: bool,
 ) -> Tensor:
-    """Forces from the gradients of the edges, and the repulsion with its forces.
+    """Forces from the gradients of the edges, and repulsion and crowding with their forces.
 
     Arguments as of `edge_geometry`; ``by_slot`` as `message_backward_` leaves it.
 
     Returns
     -------
     Tensor
-        For each atom: force [eV/Å], half the repulsion of its pairs [eV], and its part of the
-        virial [eV] xx yy zz yz xz xy (zeros without ``with_virial``), ``(n_atoms, 10)``, float64.
+        For each atom: force [eV/Å], half the repulsion of its pairs plus its crowding [eV], and
+        its part of the virial [eV] xx yy zz yz xz xy (zeros without ``with_virial``), shape
+        ``(n_atoms, 10)``, float64.
     """
     (n_atoms, capacity), device = neighbors.shape, positions.device
     _check(positions, cell, system, species, pairs, neighbors, images, counts)
     require("reverse", reverse, torch.int32, (n_atoms, capacity), device)
     require("by_slot", by_slot, by_slot.dtype, (n_atoms, capacity, 4), device)
+    require("crowded", crowded, torch.float64, (n_atoms, 2), device)
     totals = torch.empty((n_atoms, 10), dtype=torch.float64, device=device)
     launch(
         kernels.forces_kernel(by_slot.dtype), n_atoms * _lanes(device), device, capacity,
         pairs.shape[0], int(with_virial), cutoff, softening, per_interval, positions, cell,
-        system, species, pairs, neighbors, images, reverse, counts, by_slot, totals,
+        system, species, pairs, neighbors, images, reverse, counts, by_slot,
+        crowded, totals,
     )  # fmt: skip
     return totals
 
@@ -125,28 +143,30 @@ def _check(
     require("cell", cell, torch.float64, (cell.shape[0], 3, 3), device)
     require("system", system, torch.int32, (n_atoms,), device)
     require("species", species, torch.int32, (n_atoms,), device)
-    require("pairs", pairs, torch.float64, (n_elements, n_elements, 4), device)
+    require("pairs", pairs, torch.float64, (n_elements, n_elements, 6), device)
     require("neighbors", neighbors, torch.int32, (n_atoms, capacity), device)
     require("images", images, torch.int64, (n_atoms, capacity), device)
     require("counts", counts, torch.int32, (n_atoms,), device)
 
 
-_INPUTS = (
-    "Tensor positions, Tensor cell, Tensor system, Tensor species, Tensor pairs, "
-    "Tensor neighbors, Tensor images, "
-)
+_ATOMS = "Tensor positions, Tensor cell, Tensor system, Tensor species, Tensor pairs, "
 define(
-    f"edge_geometry({_INPUTS}Tensor counts, float cutoff, float softening, float shortest, "
-    "float per_interval, bool double) -> Tensor",
+    f"edge_geometry({_ATOMS}Tensor limits, Tensor neighbors, Tensor images, Tensor counts, "
+    "float cutoff, float softening, float shortest, float per_interval, float strength, "
+    "float softness, bool double) -> (Tensor, Tensor)",
     edge_geometry,
-    lambda positions, cell, system, species, pairs, neighbors, images, counts, cutoff, softening,
-    shortest, per_interval, double: positions.new_empty(
-        (*neighbors.shape, 4), dtype=torch.float64 if double else torch.float32
+    lambda positions, cell, system, species, pairs, limits, neighbors, images, counts, cutoff,
+    softening, shortest, per_interval, strength, softness, double: (
+        positions.new_empty(
+            (*neighbors.shape, 4), dtype=torch.float64 if double else torch.float32
+        ),
+        positions.new_empty((positions.shape[0], 2)),
     ),
 )  # fmt: skip
 define(
-    f"edge_forces({_INPUTS}Tensor reverse, Tensor counts, Tensor by_slot, float cutoff, "
-    "float softening, float per_interval, bool with_virial) -> Tensor",
+    f"edge_forces({_ATOMS}Tensor neighbors, Tensor images, Tensor reverse, Tensor counts, "
+    "Tensor by_slot, Tensor crowded, float cutoff, float softening, float per_interval, "
+    "bool with_virial) -> Tensor",
     edge_forces,
     lambda positions, *_: positions.new_empty((positions.shape[0], 10)),
 )

@@ -211,6 +211,7 @@ class FastPotential(nn.Module):
     embedding: Tensor
     first: Tensor
     pairs: Tensor
+    limits: Tensor
     references: Tensor
 
     def __init__(
@@ -269,8 +270,13 @@ class FastPotential(nn.Module):
         reach = (radii[:, None] + radii).clamp(min=zbl.shortest_range)
         per_length = (z[:, None] ** 0.23 + z**0.23) / zbl.screening_length
         strength = zbl.coulomb * z[:, None] * z
-        pairs = torch.stack([core, reach, per_length, strength], dim=-1).contiguous()
+        crowding = potential.crowding
+        bond = crowding.bonded * (radii[:, None] + radii)
+        free = crowding.free * (radii[:, None] + radii)
+        pairs = torch.stack([core, reach, per_length, strength, bond, free], dim=-1).contiguous()
         self.register_buffer("pairs", pairs.to(device))
+        self.register_buffer("limits", crowding._limits.to(device))
+        self.strength, self.softness = crowding.strength, crowding.softness
         references = torch.tensor(potential.references, dtype=torch.float64)
         self.register_buffer("references", references.to(device))
 
@@ -278,15 +284,15 @@ class FastPotential(nn.Module):
         """Energy, forces, virial (zeros if not wanted) and energy of each atom."""
         if self.never:  # the first that a stored module asks for, see kernels/ops.py
             with_virial = torch.ops.mlffd.import_openmm_mlffd_kernels_ops_first(with_virial)
-        geometry = torch.ops.mlffd.edge_geometry(
-            rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
-            rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
-            self.per_interval, self.in_double,
+        geometry, crowded = torch.ops.mlffd.edge_geometry(
+            rows.positions, rows.cell, rows.system, rows.species, self.pairs, self.limits,
+            rows.neighbors, rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
+            self.per_interval, self.strength, self.softness, self.in_double,
         )  # fmt: skip
         learned, by_slot = self.network(rows, geometry)
         totals = torch.ops.mlffd.edge_forces(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
-            rows.images, rows.reverse, rows.counts, by_slot, self.cutoff, self.softening,
+            rows.images, rows.reverse, rows.counts, by_slot, crowded, self.cutoff, self.softening,
             self.per_interval, with_virial,
         )  # fmt: skip
         references = self.references.index_select(0, rows.species)

@@ -29,6 +29,7 @@ DEFAULT = "default"
 _KEY = "mlffd"
 _CHOICES = ("filters", "pair_filters", "charges", "tail", "message_cutoff")
 _LIMITS = {"n_channels": 4096, "n_interactions": 32, "n_basis": 512}
+_LATER = {"coordination_limits"}  # fields that the first files of this version do not have
 _FIRST_SOFTENING = 1e-4  # of the files that do not say what theirs is
 
 
@@ -61,6 +62,9 @@ class StudentHeader:
 
     energy_bound: float | None = None
     """Bound of the network's energy of an atom [eV]; see `Potential`."""
+
+    coordination_limits: list[float] | None = None
+    """Coordination of each element beyond which neighbors repel; see `Crowding`."""
 
     teacher: str = ""
     """What labelled the training data."""
@@ -111,7 +115,7 @@ def save_student(path: str | Path, potential: Potential, header: StudentHeader) 
     _check_described(potential, header)
     tensors = {k: v.detach().cpu().contiguous() for k, v in potential.network.state_dict().items()}
     _check_weights(tensors, str(path))
-    values = asdict(header) | {"created_with": f"openmm-mlffd {openmm_mlffd.__version__}"}
+    values = _stored(header) | {"created_with": f"openmm-mlffd {openmm_mlffd.__version__}"}
     values["sha256"] = _digest(values, tensors)
     content = {"format": FORMAT, "version": VERSION, "units": UNITS, **values}
     # not save_file, which lets nobody else read the file
@@ -145,26 +149,7 @@ def make_potential(header: StudentHeader) -> Potential:
                 f"{header.name}: {key} must be a whole number from 1 to {_LIMITS[key]}, "
                 f"got {value!r}"
             )
-    for value in (header.cutoff, header.energy_scale, *header.references):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ModelFileError(
-                f"{header.name}: cutoff, energy scale and reference energies must be finite "
-                f"numbers, got {value!r}"
-            )
-    if not (isinstance(softening, int | float) and 0 < softening < math.inf):
-        raise ModelFileError(f"{header.name}: norm_softening must be positive, got {softening!r}")
-    bound = header.energy_bound
-    if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
-        raise ModelFileError(f"{header.name}: the energy bound must be positive, got {bound!r}")
-    if not 0.5 <= header.cutoff <= 50.0:
-        raise ModelFileError(
-            f"{header.name}: the cutoff must be between 0.5 and 50 Å, got {header.cutoff!r}"
-        )
-    if len(header.references) != len(header.elements) or not header.elements:
-        raise ModelFileError(
-            f"{header.name}: one reference energy is needed for each element, "
-            f"got {len(header.references)} for {len(header.elements)} elements"
-        )
+    _check_numbers(header, softening)
     numbers = [_known_number(name, header) for name in header.elements]
     if len(set(numbers)) != len(numbers):
         raise ModelFileError(f"{header.name}: an element is listed twice: {header.elements}")
@@ -180,7 +165,41 @@ def make_potential(header: StudentHeader) -> Potential:
         references=header.references,
         energy_scale=header.energy_scale,
         energy_bound=header.energy_bound,
+        coordination_limits=header.coordination_limits,
     )
+
+
+def _check_numbers(header: StudentHeader, softening: Any) -> None:
+    for value in (header.cutoff, header.energy_scale, *header.references):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ModelFileError(
+                f"{header.name}: cutoff, energy scale and reference energies must be finite "
+                f"numbers, got {value!r}"
+            )
+    if not (isinstance(softening, int | float) and 0 < softening < math.inf):
+        raise ModelFileError(f"{header.name}: norm_softening must be positive, got {softening!r}")
+    bound = header.energy_bound
+    if bound is not None and not (isinstance(bound, int | float) and 0 < bound < math.inf):
+        raise ModelFileError(f"{header.name}: the energy bound must be positive, got {bound!r}")
+    limits = header.coordination_limits
+    if limits is not None and not (
+        isinstance(limits, list)
+        and len(limits) == len(header.elements)
+        and all(isinstance(x, int | float) and 0 < x < math.inf for x in limits)
+    ):
+        raise ModelFileError(
+            f"{header.name}: one positive coordination limit is needed for each of "
+            f"{len(header.elements)} elements, got {limits!r}"
+        )
+    if not 0.5 <= header.cutoff <= 50.0:
+        raise ModelFileError(
+            f"{header.name}: the cutoff must be between 0.5 and 50 Å, got {header.cutoff!r}"
+        )
+    if len(header.references) != len(header.elements) or not header.elements:
+        raise ModelFileError(
+            f"{header.name}: one reference energy is needed for each element, "
+            f"got {len(header.references)} for {len(header.elements)} elements"
+        )
 
 
 def _make_variant(
@@ -281,7 +300,7 @@ def load_student(
     except (OSError, SafetensorError) as error:
         raise ModelFileError(f"{path}: the weights cannot be read ({error})") from error
     _check_weights(tensors, str(path))
-    found = _digest(asdict(header), tensors)
+    found = _digest(_stored(header), tensors)
     if found != header.sha256:
         raise ModelFileError(
             f"{path}: damaged or altered; its SHA-256 is {found}, its header says {header.sha256}"
@@ -347,11 +366,19 @@ def _parse_header(path: Path, metadata: Mapping[str, str]) -> StudentHeader:
     if units != UNITS:
         raise ModelFileError(f"{path}: has units {units}; {UNITS} are needed")
     known = {f.name for f in fields(StudentHeader)}
+    for name in known & _LATER - set(content):
+        content[name] = None
     if set(content) != known:
         raise ModelFileError(
             f"{path}: header fields missing or unknown: {sorted(known ^ set(content))}"
         )
     return StudentHeader(**content)
+
+
+def _stored(header: StudentHeader) -> dict[str, Any]:
+    """The header's fields as a file has them: later ones only if they say something."""
+    values = asdict(header)
+    return {k: v for k, v in values.items() if not (k in _LATER and v is None)}
 
 
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -378,6 +405,7 @@ def _check_described(potential: Potential, header: StudentHeader) -> None:
         "cutoff": potential.cutoff,
         "energy_scale": potential.energy_scale,
         "energy_bound": potential.energy_bound or None,
+        "coordination_limits": potential.coordination_limits,
     }
     for name, value in described.items():
         if getattr(header, name) != value:

@@ -5,6 +5,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openmm_mlffd.crowding import FREE, NO_LIMIT, Crowding
 from openmm_mlffd.elements import COVALENT_RADII, symbol
 from openmm_mlffd.graph import Graph
 from openmm_mlffd.painn import PaiNN
@@ -54,7 +55,7 @@ class Prediction(NamedTuple):
 class Potential(nn.Module):
     """PaiNN plus ZBL repulsion plus a reference energy for each element.
 
-    E = Σ_i (reference[z_i] + bounded(energy_scale · PaiNN_i) + ½ Σ_j ZBL_ij).
+    E = Σ_i (reference[z_i] + bounded(energy_scale · PaiNN_i) + ½ Σ_j ZBL_ij + crowding_i).
 
     Edge vectors are formed and energies and forces are summed in float64, whatever the precision
     of the network, so that neither a large box nor large reference energies cost accuracy.
@@ -75,6 +76,13 @@ class Potential(nn.Module):
         The network's energy of an atom is bounded softly beyond this [eV], see `soft_bound`;
         None for no bound. Larger than any energy of the training data, it keeps the network from
         outweighing the repulsion in structures that are denser than any it knows.
+    coordination_limits
+        Coordination of each element beyond which neighbors repel, see `Crowding`; None for none.
+
+    Raises
+    ------
+    ValueError
+        If limits of coordination are given and the cutoff is too short for them.
 
     Notes
     -----
@@ -86,7 +94,7 @@ class Potential(nn.Module):
     """What the student file says of itself, a `StudentHeader`; only if it came from a file."""
 
     __jit_ignored_attributes__: Final = ("header",)
-    __jit_unused_properties__: Final = ("references",)
+    __jit_unused_properties__: Final = ("references", "coordination_limits")
 
     def __init__(
         self,
@@ -97,6 +105,7 @@ class Potential(nn.Module):
         references: list[float] | None = None,
         energy_scale: float = 1.0,
         energy_bound: float | None = None,
+        coordination_limits: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
@@ -106,6 +115,7 @@ class Potential(nn.Module):
         self.energy_scale = energy_scale
         self.energy_bound = 0.0 if energy_bound is None else energy_bound
         self.references = references or [0.0] * len(numbers)
+        self.coordination_limits = coordination_limits
         core = [CORE * COVALENT_RADII[z] for z in numbers]
         self._core = torch.tensor(core, dtype=torch.float64, device="cpu")
         self.smallest_core = SMALLEST_CORE
@@ -119,6 +129,22 @@ class Potential(nn.Module):
     def references(self, energies: list[float]) -> None:
         # neither a buffer, which .float() would round, nor a list, which TorchScript would
         self._references = torch.tensor(energies, dtype=torch.float64, device="cpu")
+
+    @property
+    def coordination_limits(self) -> list[float] | None:
+        """Coordination of each element beyond which neighbors repel; None for none."""
+        return self.crowding.limits if self.crowds else None
+
+    @coordination_limits.setter
+    def coordination_limits(self, limits: list[float] | None) -> None:
+        reach = 2.0 * FREE * max(COVALENT_RADII[z] for z in self.numbers)
+        if limits is not None and reach > self.cutoff:
+            raise ValueError(
+                f"limits of coordination need a cutoff of {reach:.2f} Å, where atoms of these "
+                f"elements stop being neighbors; it is {self.cutoff} Å (train with crowding=false)"
+            )
+        self.crowds = limits is not None
+        self.crowding = Crowding(self.numbers, limits or [NO_LIMIT] * len(self.numbers))
 
     def forward(self, graph: Graph) -> Prediction:
         """Energy, forces, virial and energy of each atom."""
@@ -159,12 +185,15 @@ class Potential(nn.Module):
         return soft_bound(energies, self.energy_bound) if self.energy_bound > 0 else energies
 
     def repulsion_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
-        """The repulsion's energy of each atom [eV], shape ``(n_atoms,)``, float64."""
+        """Repulsion of each atom, crowding included [eV], shape ``(n_atoms,)``, float64."""
         receiver, sender = graph.edge_index[0], graph.edge_index[1]
         distances = softened_distances(vectors)
         pairs = self.repulsion(distances, graph.species[receiver], graph.species[sender])
         zeros = torch.zeros([graph.species.shape[0]], dtype=pairs.dtype, device=pairs.device)
-        return zeros.index_add(0, receiver, 0.5 * pairs)
+        energies = zeros.index_add(0, receiver, 0.5 * pairs)
+        if self.crowds:
+            energies = energies + self.crowding(distances, receiver, sender, graph.species)
+        return energies
 
     @torch.jit.unused
     def species(self, numbers: Tensor) -> Tensor:

@@ -54,25 +54,13 @@ def make_batch(structures: Structures, potential: Potential, device: torch.devic
     ValueError
         If a structure has an element that the potential does not know.
     """
-
-    def send(array: NDArray, dtype: torch.dtype) -> Tensor:
-        tensor = torch.from_numpy(array).to(dtype)
-        if device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(device, non_blocking=True)
-
     count = np.diff(structures.offsets)
     volume = np.abs(np.linalg.det(structures.cell))
-    cell = send(structures.cell, torch.float64)
-    species = potential.species(torch.from_numpy(structures.atomic_numbers))
-    graph = build_graph(
-        send(structures.positions, torch.float64),
-        send(species.numpy(), torch.int64),
-        cutoff=potential.cutoff,
-        cell=cell,
-        pbc=send(structures.pbc, torch.bool),
-        system=send(np.repeat(np.arange(len(count)), count), torch.int64),
-    )
+    graph = make_graph(structures, potential, device, cutoff=potential.cutoff)
+
+    def send(array: NDArray, dtype: torch.dtype) -> Tensor:
+        return _send(array, dtype, device)
+
     return Batch(
         graph=graph,
         energy=send(structures.energy, torch.float64),
@@ -84,6 +72,29 @@ def make_batch(structures: Structures, potential: Potential, device: torch.devic
         probe=torch.zeros_like(graph.positions),
         curvature=torch.full_like(graph.positions, torch.nan),
     )
+
+
+def make_graph(
+    structures: Structures, potential: Potential, device: torch.device, *, cutoff: float
+) -> Graph:
+    """Structures as a graph of all pairs closer than the cutoff [Å]; see `make_batch`."""
+    count = np.diff(structures.offsets)
+    species = potential.species(torch.from_numpy(structures.atomic_numbers))
+    return build_graph(
+        _send(structures.positions, torch.float64, device),
+        _send(species.numpy(), torch.int64, device),
+        cutoff=cutoff,
+        cell=_send(structures.cell, torch.float64, device),
+        pbc=_send(structures.pbc, torch.bool, device),
+        system=_send(np.repeat(np.arange(len(count)), count), torch.int64, device),
+    )
+
+
+def _send(array: NDArray, dtype: torch.dtype, device: torch.device) -> Tensor:
+    tensor = torch.from_numpy(array).to(dtype)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class StructureSource:

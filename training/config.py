@@ -62,6 +62,9 @@ class ModelConfig:
     norm_softening: float = 1e-2
     """Norms of vector features are sqrt(v² + this); less is rougher, and energy drifts."""
 
+    crowding: bool = True
+    """Atoms with more bonded neighbors than any in the training data push them away."""
+
     filters: str = "sine"
     """Radial filters: "sine" combines `n_basis` waves, "spline" has `n_basis` knots."""
 

@@ -1,4 +1,4 @@
-"""Energies that data fix without training: references of the elements, bound of the network."""
+"""What data fix without training: references of the elements, bounds of the network."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from openmm_mlffd.crowding import FREE, NO_LIMIT, Crowding
+from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.potential import Potential, edge_vectors
-from openmm_mlffd.training.batches import Batch, StructureSource, make_batch
+from openmm_mlffd.radial import softened_distances
+from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, make_graph
 
 BOUND_MARGIN = 1.5
 """How far beyond the validation data the network's energies are free."""
+
+COORDINATION_MARGIN = 0.05
+"""How far beyond the training data the coordination of an atom is free."""
 
 
 def fit_references(
@@ -69,3 +75,26 @@ def measure_energy_bound(potential: Potential, batches: Iterable[Batch]) -> floa
         for b in batches
     )
     return BOUND_MARGIN * largest
+
+
+@torch.no_grad()
+def measure_coordination(
+    source: StructureSource, potential: Potential, device: torch.device
+) -> list[float]:
+    """Largest coordination of each element in the structures, plus `COORDINATION_MARGIN`.
+
+    See `Crowding`. Not less than the potential's limits, if it has any: what it knows it knows
+    still. An element that does not occur gets `NO_LIMIT`.
+    """
+    crowding = Crowding(potential.numbers, [NO_LIMIT] * len(potential.numbers))
+    reach = 2.0 * FREE * max(COVALENT_RADII[z] for z in potential.numbers)
+    known = potential.coordination_limits or crowding.limits
+    before = [k - COORDINATION_MARGIN if k < NO_LIMIT else 0.0 for k in known]
+    largest = torch.tensor(before, dtype=torch.float64, device=device)
+    for structures in source.batches(20000):
+        graph = make_graph(structures, potential, device, cutoff=reach)
+        receiver, sender = graph.edge_index[0], graph.edge_index[1]
+        distances = softened_distances(edge_vectors(graph))
+        found = crowding.coordination(distances, receiver, sender, graph.species)
+        largest.scatter_reduce_(0, graph.species, found, "amax")
+    return [x + COORDINATION_MARGIN if x > 0.0 else NO_LIMIT for x in largest.tolist()]

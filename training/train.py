@@ -18,6 +18,7 @@ from tqdm import tqdm
 from openmm_mlffd.evaluator import resolve_device
 from openmm_mlffd.modelfile import StudentHeader, load_student, make_potential, save_student
 from openmm_mlffd.potential import Potential
+from openmm_mlffd.training import references as fixed
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, prefetch
 from openmm_mlffd.training.boards import Boards
 from openmm_mlffd.training.checkpoint import read_checkpoint, write_checkpoint
@@ -28,7 +29,6 @@ from openmm_mlffd.training.hdf5 import Dataset, Structures, take
 from openmm_mlffd.training.header import all_seen, portable, rounded, student_header
 from openmm_mlffd.training.hessian import load_hessians
 from openmm_mlffd.training.loss import TERMS
-from openmm_mlffd.training.references import fit_references, measure_energy_bound
 from openmm_mlffd.training.resident import estimated_gb, share
 from openmm_mlffd.training.resident_step import ResidentData
 from openmm_mlffd.training.schedule import (
@@ -131,13 +131,18 @@ class Trainer:
         self._pace = Pace(config, 0.0)
         self._fitted_steps: int | None = None
         self._resident: ResidentData | None = None
-        if (self.folder / CHECKPOINT).exists():
+        resumed = (self.folder / CHECKPOINT).exists()
+        if resumed:
             self._load_checkpoint()
         elif config.initial is not None:
             self._start_from(config.initial)
         else:
-            references = fit_references(self.source, self.potential, self.device)
-            self._set_references(self.processes.of_first(references))
+            references = fixed.fit_references(self.source, self.potential, self.device)
+            self._set(references=self.processes.of_first(references))
+        if config.model.crowding and not resumed:
+            whole = self._source("train", None)
+            limits = fixed.measure_coordination(whole, self.potential, self.device)
+            self._set(coordination_limits=self.processes.of_first(limits))
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
@@ -387,7 +392,7 @@ class Trainer:
             yield make_batch(structures, self.average, self.device)
 
     def _save_student(self, metrics: dict[str, Any]) -> None:
-        bound = measure_energy_bound(self.average, self._validation_batches())
+        bound = fixed.measure_energy_bound(self.average, self._validation_batches())
         self.average.energy_bound = bound
         new: dict[str, Any] = {
             "energy_bound": bound,
@@ -409,6 +414,7 @@ class Trainer:
         state = {
             "config": asdict(self.config),
             "references": self.potential.references,
+            "coordination_limits": self.potential.coordination_limits,
             "potential": self.potential.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": step.optimizer.state_dict(),
@@ -427,7 +433,8 @@ class Trainer:
         if self.training_step.muon is not None:
             self.training_step.muon.load(state["muon"])
         self.progress = Progress(**state["progress"])
-        self._set_references(state["references"])
+        names = ("references", "coordination_limits")
+        self._set(**{name: state[name] for name in names if name in state})
         self._initial = state.get("initial")
         log.info("resumed from %s at step %d", path, self.progress.step)
 
@@ -443,14 +450,18 @@ class Trainer:
                 )
         self.potential.load_state_dict(initial.state_dict())
         self.average.load_state_dict(initial.state_dict())
-        self._set_references(initial.header.references)
+        self._set(references=initial.header.references)
+        if self.config.model.crowding:
+            self._set(coordination_limits=initial.header.coordination_limits)
         names = ("name", "sha256", "architecture", "dataset", "training")
         self._initial = {name: getattr(initial.header, name) for name in names}
 
-    def _set_references(self, references: list[float]) -> None:
-        self.potential.references = list(references)
-        self.average.references = list(references)
-        self.header = StudentHeader(**(asdict(self.header) | {"references": list(references)}))
+    def _set(self, **values: list[float] | None) -> None:
+        """Numbers of each element, of the student, its average and its file."""
+        for name, numbers in values.items():
+            for potential in (self.potential, self.average):
+                setattr(potential, name, numbers)
+        self.header = StudentHeader(**(asdict(self.header) | values))
 
     def _source(self, split: str, max_structures: int | None) -> StructureSource:
         data = self.config.data

@@ -67,6 +67,7 @@ STUDENTS = [
     {"n_interactions": 3, "n_channels": 32},
     {"n_channels": 5, "n_basis": 30},
     {"energy_bound": 0.05},
+    {"coordination_limits": [0.9, 3.1, 2.4, 1.3]},
     {"cutoff": 2.0},
     {"norm_softening": 0.3},
     {"references": [-13.0, -1000.0, -1400.0, -2000.0]},

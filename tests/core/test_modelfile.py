@@ -209,6 +209,8 @@ def test_safetensors_of_another_program_is_refused(tmp_path):
         ({"energy_scale": float("inf")}, "must be finite numbers, got inf"),
         ({"energy_bound": 0.0}, "the energy bound must be positive, got 0.0"),
         ({"energy_bound": "3"}, "the energy bound must be positive, got '3'"),
+        ({"coordination_limits": [4.0]}, r"limit is needed for each of 4 elements, got \[4.0\]"),
+        ({"coordination_limits": [4.0, 4.0, -1.0, 4.0]}, "one positive coordination limit"),
     ],
 )
 def test_header_that_makes_no_sense_is_refused(student_file, change, message):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from openmm_mlffd.modelfile import load_student, read_header
+from openmm_mlffd.modelfile import load_student, read_header, save_student
 from openmm_mlffd.training.batches import make_batch
 from openmm_mlffd.training.config import ConfigError, DataConfig, OptimizerConfig
 from openmm_mlffd.training.evaluate import evaluate
@@ -334,6 +334,29 @@ def test_student_with_rougher_norms_is_a_start(morse_config, tmp_path):
     second = Trainer(morse_config(initial=str(path)))
     assert load_student(path).network.norm_softening == 1e-4
     assert second.average.network.norm_softening == 1e-2
+
+
+def test_student_keeps_the_limits_of_what_its_start_was_trained_on(morse_config, tmp_path):
+    _, path = train(morse_config(output=str(tmp_path / "first"), epochs=1))
+    limits = read_header(path).coordination_limits
+    assert limits is not None
+    assert all(0.0 < x < 20.0 for x in limits)
+    known = load_student(path)
+    known.coordination_limits = [limits[0] + 1.0, *limits[1:]]
+    header = replace(known.header, coordination_limits=known.coordination_limits)
+    wider = tmp_path / "wider.safetensors"
+    save_student(wider, known, header)
+    # without a step: what data fix, and the errors
+    _, second = train(morse_config(output=str(tmp_path / "second"), initial=str(wider), epochs=0))
+    assert read_header(second).coordination_limits == pytest.approx(known.coordination_limits)
+    for key, weight in load_student(second).state_dict().items():
+        assert torch.equal(weight, known.state_dict()[key])
+
+
+def test_crowding_can_be_left_out(morse_config, tmp_path):
+    config = morse_config(epochs=0)
+    _, path = train(replace(config, model=replace(config.model, crowding=False)))
+    assert read_header(path).coordination_limits is None
 
 
 # labels that are not finite
