@@ -1,8 +1,11 @@
-"""Pairs of atoms closer than any data: what training asks of a student there."""
+"""Structures denser than any data: what training asks of a student there."""
 
 import itertools
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from openmm_mlffd.elements import COVALENT_RADII
@@ -12,58 +15,132 @@ from openmm_mlffd.training.batches import Batch
 from openmm_mlffd.training.targets import TrainingBatch, training_batch
 
 DISTANCES = (0.3, 0.72)
-"""Range of the distances, in units of the sum of the covalent radii: no bond is that short."""
+"""Range of the distances of pairs, in units of the sum of the covalent radii: no bond is that
+short."""
 
 N_DISTANCES = 22
 """Distances of each pair of elements in that range."""
+
+N_CLUSTERS = 96
+"""Clusters whose bonds are all too short."""
+
+CLUSTER_SIZES = (3, 12)
+"""Smallest and largest number of their atoms."""
+
+CLUSTER_BONDS = (0.55, 0.75)
+"""Range of the lengths of their bonds, in the same units."""
+
+CLUSTER_GAP = 0.95
+"""Other atoms of a cluster are at least this far apart, in the same units."""
 
 PUSH = 3.0
 """The atoms should push one another apart with at least this force [eV/Å]."""
 
 
-def clashing_pairs(potential: Potential) -> TrainingBatch:
-    """Two atoms of each pair of elements at each distance, along x; labels are not known.
+class Clashes(NamedTuple):
+    """Structures whose atoms should push one another apart."""
+
+    batch: TrainingBatch
+    """The structures; labels are not known."""
+
+    arms: Tensor
+    """Places from the middle over the sum of their lengths, shape ``(n_atoms, 3)``: multiplied
+    with the forces and added up they are the mean outward force of a structure."""
+
+
+def make_clashes(potential: Potential) -> Clashes:
+    """Two atoms of each pair of elements at each distance, and clusters of short bonds.
+
+    The clusters are trees of random elements, half of them hydrogens at their ends, like molecules
+    that were shrunk: every bond is too short, and no atom need have too many.
 
     Parameters
     ----------
     potential
         Gives elements, repulsion, precision and device; its network is not evaluated.
     """
+    radii = np.array([COVALENT_RADII[z] for z in potential.numbers])
+    found = []
+    for a, b in itertools.combinations_with_replacement(range(len(radii)), 2):
+        for share in np.linspace(*DISTANCES, N_DISTANCES):
+            places = np.array([[0.0, 0.0, 0.0], [share * (radii[a] + radii[b]), 0.0, 0.0]])
+            found.append((np.array([a, b]), places))
+    rng = np.random.default_rng(0)
+    hydrogen = np.array(potential.numbers) == 1
+    found += [_cluster(radii, hydrogen, rng) for _ in range(N_CLUSTERS)]
+    return _as_batch(potential, [s for s, _ in found], [x for _, x in found])
+
+
+def lack_of_push(forces: Tensor, clashes: Clashes) -> Tensor:
+    """Mean of log(1 + what a structure's outward force lacks of `PUSH`), shape ().
+
+    The logarithm, because forces that close are anything up to hundreds of eV/Å.
+
+    Parameters
+    ----------
+    forces
+        On the atoms of the clashes [eV/Å], shape ``(n_atoms, 3)``.
+    clashes
+        The structures.
+    """
+    outward = torch.zeros_like(clashes.batch.energy).index_add(
+        0, clashes.batch.system, (clashes.arms * forces).sum(1)
+    )
+    return torch.log1p((PUSH - outward).clamp(min=0.0)).mean()
+
+
+def _cluster(
+    radii: NDArray[np.float64], hydrogen: NDArray[np.bool_], rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Species and positions [Å] of a tree of short bonds, smaller where there is no more room."""
+    size = int(rng.integers(CLUSTER_SIZES[0], CLUSTER_SIZES[1] + 1))
+    weights = np.where(hydrogen, max(1.0, len(radii) - 1.0), 1.0)
+    species = rng.choice(len(radii), size, p=weights / weights.sum())
+    species = species[np.argsort(hydrogen[species], kind="stable")]  # hydrogens are added last
+    places = np.zeros((1, 3))
+    for _ in range(100 * size):
+        n = len(places)
+        if n == size:
+            break
+        heavy = np.flatnonzero(~hydrogen[species[:n]])
+        near = int(rng.choice(heavy)) if len(heavy) else 0
+        bonds = radii[species[n]] + radii[species[:n]]
+        direction = rng.normal(size=3)
+        direction *= rng.uniform(*CLUSTER_BONDS) * bonds[near] / np.linalg.norm(direction)
+        gaps = np.linalg.norm(places - (places[near] + direction), axis=1) / bonds
+        if (np.delete(gaps, near) > CLUSTER_GAP).all():
+            places = np.vstack([places, places[near] + direction])
+    return species[: len(places)], places
+
+
+def _as_batch(
+    potential: Potential, species: list[NDArray[np.int64]], places: list[NDArray[np.float64]]
+) -> Clashes:
     device = next(potential.parameters()).device
-    pairs = list(itertools.combinations_with_replacement(range(len(potential.numbers)), 2))
-    radii = [COVALENT_RADII[z] for z in potential.numbers]
-    bonds = torch.tensor([radii[a] + radii[b] for a, b in pairs], dtype=torch.float64)
-    distances = (bonds[:, None] * torch.linspace(*DISTANCES, N_DISTANCES).double()).flatten()
-    n = len(distances)
-    positions = torch.zeros((n, 2, 3), dtype=torch.float64)
-    positions[:, 1, 0] = distances
+    n = len(species)
+    counts = torch.tensor([len(s) for s in species], device=device)
+    unlabelled = torch.full((n, 3, 3), torch.nan, dtype=torch.float64, device=device)
     graph = build_graph(
-        positions.view(-1, 3).to(device),
-        torch.tensor(pairs).repeat_interleave(N_DISTANCES, 0).flatten().to(device),
+        torch.from_numpy(np.concatenate(places)).to(device),
+        torch.from_numpy(np.concatenate(species)).to(device),
         cutoff=potential.cutoff,
         cell=torch.zeros((n, 3, 3), dtype=torch.float64, device=device),
         pbc=torch.zeros((n, 3), dtype=torch.bool, device=device),
-        system=torch.arange(n, device=device).repeat_interleave(2),
+        system=torch.arange(n, device=device).repeat_interleave(counts),
     )
     unknown = torch.full_like(graph.positions, torch.nan)
     batch = Batch(
         graph=graph,
-        energy=torch.full((n,), torch.nan, dtype=torch.float64, device=device),
+        energy=unlabelled[:, 0, 0],
         forces=unknown,
-        virial=torch.full((n, 3, 3), torch.nan, dtype=torch.float64, device=device),
-        n_atoms=torch.full((n,), 2.0, dtype=torch.float64, device=device),
+        virial=unlabelled,
+        n_atoms=counts.double(),
         subset=torch.zeros(n, dtype=torch.int64, device=device),
         charges=unknown[:, 0],
         probe=torch.zeros_like(unknown),
         curvature=unknown,
     )
-    return training_batch(batch, potential)
-
-
-def lack_of_push(forces: Tensor) -> Tensor:
-    """Mean of log(1 + what a pair's force lacks of `PUSH`), of forces on `clashing_pairs`, ().
-
-    The logarithm, because forces that close are anything up to hundreds of eV/Å.
-    """
-    apart = 0.5 * (forces[1::2, 0] - forces[0::2, 0])
-    return torch.log1p((PUSH - apart).clamp(min=0.0)).mean()
+    arms = [x - x.mean(0) for x in places]
+    arms = [x / np.linalg.norm(x, axis=1).sum() for x in arms]
+    made = training_batch(batch, potential)
+    return Clashes(made, torch.from_numpy(np.concatenate(arms)).to(made.vectors))

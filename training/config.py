@@ -122,7 +122,7 @@ class LossConfig:
     """Where it turns from quadratic to linear [eV/Å²]."""
 
     clash: float = 0.0
-    """Pairs of atoms much closer than a bond that do not push apart, see `clash.py`."""
+    """Pairs and clusters of atoms closer than any bond that do not push apart, see `clash.py`."""
 
     schedule: dict[str, list[list[float]]] = field(default_factory=dict)
     """Term to pairs [share of the run, factor of its weight], linear in between."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmm_mlffd.potential import Potential
-from openmm_mlffd.training.clash import clashing_pairs, lack_of_push
+from openmm_mlffd.training.clash import lack_of_push, make_clashes
 from openmm_mlffd.training.config import TrainConfig
 from openmm_mlffd.training.flat import FlatWeights
 from openmm_mlffd.training.loss import TERMS, NetworkPrediction, loss_terms
@@ -82,7 +82,7 @@ class _Loss(nn.Module):
         self.network = potential.network
         self._scale = potential.energy_scale
         self._config = config
-        self._clashing = clashing_pairs(potential) if config.loss.clash else None
+        self._clashes = make_clashes(potential) if config.loss.clash else None
 
     def forward(self, batch: TrainingBatch, totals: Tensor, factors: Tensor) -> Tensor:
         """Weighted terms in the order of `TERMS`, shape (len(TERMS),)."""
@@ -92,14 +92,16 @@ class _Loss(nn.Module):
         ):
             found = predict(self.network, batch, self._scale, hessian=config.loss.hessian > 0)
             close = None
-            if self._clashing is not None:
-                close = predict(self.network, self._clashing, self._scale)
+            if self._clashes is not None:
+                close = predict(self.network, self._clashes.batch, self._scale)
         named = dict(zip(TERMS, factors.unbind(), strict=True))
         sums = BatchTotals(*totals.unbind())
         terms = loss_terms(found, batch, config.loss, totals=sums, factors=named)
-        if close is not None:  # of several processes, each counts for its part of the atoms
+        if (
+            close is not None and self._clashes is not None
+        ):  # of several processes, each counts for its part of the atoms
             part = config.loss.clash * named["clash"] * batch.real.sum() / sums.atoms
-            terms["clash"] = part * lack_of_push(close.forces)
+            terms["clash"] = part * lack_of_push(close.forces, self._clashes)
         zero = torch.zeros_like(found.energy[0])
         return torch.stack([terms.get(name, zero).to(zero.dtype) for name in TERMS])
 

@@ -3,37 +3,90 @@ import torch
 
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.modelfile import load_student, save_student
-from openmm_mlffd.training.clash import DISTANCES, N_DISTANCES, PUSH, clashing_pairs, lack_of_push
+from openmm_mlffd.training.clash import (
+    CLUSTER_BONDS,
+    CLUSTER_GAP,
+    CLUSTER_SIZES,
+    DISTANCES,
+    N_CLUSTERS,
+    N_DISTANCES,
+    PUSH,
+    lack_of_push,
+    make_clashes,
+)
 from openmm_mlffd.training.config import LossConfig
 from openmm_mlffd.training.step import predict
 from openmm_mlffd.training.train import Trainer
 
 
+@pytest.fixture
+def student(make_student):
+    return make_student(elements=["H", "C", "O"], references=[0.0] * 3)
+
+
 def lack(potential):
-    found = predict(potential.network, clashing_pairs(potential), potential.energy_scale)
-    return lack_of_push(found.forces.detach()).item()
+    clashes = make_clashes(potential)
+    found = predict(potential.network, clashes.batch, potential.energy_scale)
+    return lack_of_push(found.forces.detach(), clashes).item()
 
 
-def test_all_pairs_of_elements_are_there_at_all_distances(make_student):
-    student = make_student(elements=["H", "C", "O"], references=[0.0] * 3)
-    pairs = clashing_pairs(student)
-    assert len(pairs.energy) == 6 * N_DISTANCES
-    assert len(pairs.vectors) == 2 * len(pairs.energy)  # one edge in each direction
-    species = pairs.species.view(-1, 2)
+def shares(student, batch):
+    """Length of each edge over the sum of the covalent radii."""
     radii = torch.tensor([COVALENT_RADII[z] for z in student.numbers], dtype=torch.float64)
-    share = pairs.vectors.double()[0::2].norm(dim=1) / radii[species].sum(1)
-    assert share.min() == pytest.approx(DISTANCES[0], abs=1e-6)
-    assert share.max() == pytest.approx(DISTANCES[1], abs=1e-6)
+    bonds = radii[batch.species[batch.edge_index]].sum(0)
+    return batch.vectors.double().norm(dim=1) / bonds
 
 
-def test_only_what_pushes_too_little_counts():
-    apart = torch.tensor([2 * PUSH, PUSH, 0.0, -PUSH])
-    forces = torch.zeros(8, 3)
-    forces[0::2, 0], forces[1::2, 0] = -apart, apart
-    expected = (torch.tensor([0.0, 0.0, PUSH, 2 * PUSH]) + 1).log().mean()
-    assert lack_of_push(forces).item() == pytest.approx(expected.item())
-    forces[:, 1:] = 7.0  # across does not matter
-    assert lack_of_push(forces).item() == pytest.approx(expected.item())
+def test_all_pairs_of_elements_are_there_at_all_distances(student):
+    batch = make_clashes(student).batch
+    n = 6 * N_DISTANCES
+    assert len(batch.energy) == n + N_CLUSTERS
+    assert (batch.n_atoms[:n] == 2).all()
+    assert {tuple(p) for p in batch.species[: 2 * n].view(-1, 2).tolist()} == {
+        (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)
+    }  # fmt: skip
+    found = shares(student, batch)[: 2 * n]  # one edge in each direction
+    assert found.min() == pytest.approx(DISTANCES[0], abs=1e-6)
+    assert found.max() == pytest.approx(DISTANCES[1], abs=1e-6)
+
+
+def test_every_atom_of_a_cluster_has_a_short_bond_and_no_other_contact(student):
+    batch = make_clashes(student).batch
+    in_cluster = batch.system[batch.edge_index[0]] >= 6 * N_DISTANCES
+    found, receiver = shares(student, batch)[in_cluster], batch.edge_index[0][in_cluster]
+    short = found < CLUSTER_BONDS[1] + 1e-6
+    assert found.min() >= CLUSTER_BONDS[0] - 1e-6
+    assert (found[~short] > CLUSTER_GAP - 1e-6).all()
+    assert set(receiver[short].tolist()) == set(receiver.tolist())
+    sizes = batch.n_atoms[6 * N_DISTANCES :]
+    assert sizes.min() >= CLUSTER_SIZES[0]
+    assert sizes.max() == CLUSTER_SIZES[1]
+    # a tree has one bond less than atoms; each is two edges
+    assert short.sum() == 2 * (sizes - 1).sum()
+
+
+def test_repulsion_alone_pushes_clusters_apart(student):
+    clashes = make_clashes(student)
+    outward = torch.zeros(len(clashes.batch.energy), dtype=torch.float64).index_add(
+        0, clashes.batch.system, (clashes.arms * clashes.batch.repulsion).sum(1)
+    )
+    assert (outward > 0).all()
+
+
+def test_only_what_pushes_too_little_counts(student):
+    clashes = make_clashes(student)
+    batch = clashes.batch
+    # forces along the arms, of the same size on all atoms: the outward force is that size
+    directions = torch.nn.functional.normalize(clashes.arms, dim=1)
+    size = torch.zeros_like(batch.energy)
+    size[:] = 2 * PUSH
+    size[3], size[-1] = 0.0, -PUSH
+    forces = directions * size[batch.system, None]
+    expected = torch.log1p(torch.tensor([PUSH, 2 * PUSH])).sum() / len(size)
+    assert lack_of_push(forces, clashes).item() == pytest.approx(expected.item(), rel=1e-5)
+    pairs = batch.system < 6 * N_DISTANCES
+    forces[pairs, 1:] = 7.0  # across does not matter
+    assert lack_of_push(forces, clashes).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_training_fills_the_wells_of_a_student(morse_config, tmp_path):
