@@ -15,8 +15,8 @@ from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, ma
 BOUND_MARGIN = 1.5
 """How far beyond the validation data the network's energies are free."""
 
-COORDINATION_MARGIN = 0.05
-"""How far beyond the training data the coordination of an atom is free."""
+COORDINATION_MARGIN = 0.5
+"""Neighbors beyond those in the training data that are free, for what was not trained on."""
 
 
 def fit_references(
