@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from openmm_mlffd.interfaces.openmm_prepare import prepare as prepare
     from openmm_mlffd.interfaces.openmm_pressure import Barometer as Barometer
     from openmm_mlffd.interfaces.openmm_pressure import pressure as pressure
+    from openmm_mlffd.interfaces.openmm_stored import last_good as last_good
     from openmm_mlffd.interfaces.openmm_stored import load_system as load_system
     from openmm_mlffd.interfaces.openmm_stored import save_system as save_system
     from openmm_mlffd.interfaces.torchscript import compile_student as compile_student
@@ -41,6 +42,7 @@ _LAZY = {
     "PaiNN": "openmm_mlffd.painn",
     "Potential": "openmm_mlffd.potential",
     "compile_student": "openmm_mlffd.interfaces.torchscript",
+    "last_good": "openmm_mlffd.interfaces.openmm_stored",
     "load_compiled": "openmm_mlffd.interfaces.torchscript",
     "load_student": "openmm_mlffd.modelfile",
     "load_system": "openmm_mlffd.interfaces.openmm_stored",
@@ -61,6 +63,7 @@ __all__ = [
     "Potential",
     "__version__",
     "compile_student",
+    "last_good",
     "load_compiled",
     "load_student",
     "load_system",

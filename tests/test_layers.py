@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "files": ("modelfile", "facts physics process package", "torch numpy safetensors"),
     "adapter": (
-        "engine engines evaluator novelty",
+        "batched engine engines evaluator faults novelty",
         "facts kernels physics files adapter process package",
         "torch numpy safetensors",
     ),
@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "openmm": (
         "interfaces.openmm_*",
         "facts files adapter openmm self-test process",
-        "numpy openmm openmmml ase",
+        "numpy torch openmm openmmml ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     "torchscript": (
@@ -101,7 +101,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
 _OPENMM = (
     "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
     "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare "
-    "interfaces.openmm_untangle validation.*"
+    "interfaces.openmm_untangle interfaces.openmm_device interfaces.openmm_torch validation.*"
 )
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {

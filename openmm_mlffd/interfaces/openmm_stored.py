@@ -16,7 +16,7 @@ except ImportError as error:
     raise ImportError(f"OpenMM is needed ({error}): pip install 'openmm-mlffd[openmm]'") from error
 
 from openmm_mlffd.interfaces import openmm_correction, openmm_force
-from openmm_mlffd.interfaces.openmm_force import ComputationSettings
+from openmm_mlffd.interfaces.openmm_force import ComputationSettings, LastGood
 from openmm_mlffd.storage import replacing
 
 # what a stored function may consist of: our own restore functions, called once, with plain values
@@ -106,6 +106,35 @@ def student_functions(system: openmm.System) -> dict[int, Any]:
             except UnsafeSystemError:
                 continue
     return found
+
+
+def last_good(system: openmm.System) -> LastGood | None:
+    """The last configuration that the student of a System could evaluate, in any Context.
+
+    For when a step ended with an exception: by then OpenMM's Context may hold the positions that
+    could not be evaluated.
+
+    Parameters
+    ----------
+    system
+        The System.
+
+    Returns
+    -------
+    LastGood or None
+        None if nothing was evaluated in this process.
+
+    Raises
+    ------
+    ValueError
+        If the System has no student.
+    """
+    functions = student_functions(system)
+    if not functions:
+        raise ValueError("the System has no student among its forces")
+    function = functions[min(functions)]
+    settings = (getattr(function, "all_settings", None) or [function.settings])[0]
+    return openmm_force.last_good(settings)
 
 
 def save_system(system: openmm.System, path: str | Path) -> str:
