@@ -14,6 +14,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
+    from openmm_mlffd.batched import BatchedEvaluator as BatchedEvaluator
     from openmm_mlffd.interfaces.ase_calculator import MLFFDCalculator as MLFFDCalculator
     from openmm_mlffd.interfaces.openmm_alarm import ExtrapolationError as ExtrapolationError
     from openmm_mlffd.interfaces.openmm_alarm import NoveltyProbe as NoveltyProbe
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from openmm_mlffd.potential import Potential as Potential
 
 _LAZY = {
+    "BatchedEvaluator": "openmm_mlffd.batched",
     "Barometer": "openmm_mlffd.interfaces.openmm_pressure",
     "ExtrapolationError": "openmm_mlffd.interfaces.openmm_alarm",
     "MLFFDCalculator": "openmm_mlffd.interfaces.ase_calculator",
@@ -55,6 +57,7 @@ _LAZY = {
 }
 __all__ = [
     "Barometer",
+    "BatchedEvaluator",
     "ExtrapolationError",
     "MLFFDCalculator",
     "NoveltyProbe",

@@ -80,6 +80,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers.")] = None,
 ) -> None:
     """Errors of a student on held-out structures, by subset."""
+    from openmm_mlffd.engines import open_graphs
     from openmm_mlffd.modelfile import load_student
     from openmm_mlffd.training.batches import StructureSource, prefetch
     from openmm_mlffd.training.evaluate import evaluate as run
@@ -91,7 +92,7 @@ def evaluate(
     potential = load_student(model, device=where, precision=precision)
     source = StructureSource([Dataset(f) for f in files], split)
     batches = prefetch(source.batches(batch_atoms), potential, where)
-    table = run(potential, batches, source.subsets, where)
+    table = run(open_graphs(model, precision, where), batches, source.subsets, where)
     typer.echo(
         f"{model} on the {split} split of {', '.join(map(str, files))} ({where}, {precision})"
     )

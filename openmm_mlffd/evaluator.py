@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
 from openmm_mlffd.faults import explained, not_finite
 from openmm_mlffd.modelfile import (
@@ -262,6 +263,28 @@ class Evaluator:
         if not math.isfinite(value):
             raise not_finite("energy", len(forces), None)
         return value * energy, forces * force
+
+    def energy_and_forces_there(
+        self,
+        positions: Tensor,
+        cell: NDArray[np.float64] | None = None,
+        *,
+        length: float = 1.0,
+        energy: float = 1.0,
+        force: float = 1.0,
+    ) -> tuple[float, Tensor]:
+        """As `energy_and_forces`, of positions in a tensor, on the student's device.
+
+        Returns
+        -------
+        float, Tensor
+            Energy, and forces with the device and dtype of the positions.
+        """
+        value, forces = self.energy_and_forces(
+            positions.detach().double().cpu().numpy(), cell,
+            length=length, energy=energy, force=force,
+        )  # fmt: skip
+        return value, torch.from_numpy(forces).to(positions)
 
     def _check(self, positions: NDArray[np.float64]) -> None:
         if positions.shape != self._shape:

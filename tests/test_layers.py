@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "files": ("modelfile", "facts physics process package", "torch numpy safetensors"),
     "adapter": (
-        "batched engine engines evaluator faults novelty",
+        "batched captured engine engines evaluator faults novelty",
         "facts kernels physics files adapter process package",
         "torch numpy safetensors",
     ),
@@ -37,7 +37,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "openmm": (
         "interfaces.openmm_*",
         "facts files adapter openmm self-test process",
-        "numpy torch openmm openmmml ase",
+        "numpy torch openmm openmmml openmmtorch ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     "torchscript": (
@@ -87,7 +87,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "empty": ("interfaces students", "", ""),
     "package": (
         "",
-        "physics files ase openmm torchscript",
+        "physics files adapter ase openmm torchscript",
         "",
     ),  # only lazily: tests/test_import.py
     "cli": (
@@ -110,6 +110,7 @@ ONLY_IN = {
         "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.* "
         "bench.*"
     ),
+    "openmmtorch": "interfaces.openmm_torch",
     "ase": (
         "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
         "training.teacher_worker training.orb training.datasets.convert"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from openmm_mlffd.engines import open_evaluator
 from openmm_mlffd.evaluator import Evaluator, StudentSource
@@ -24,7 +25,7 @@ _UNITS = {
     "energy": KJ_PER_MOL_PER_EV,
     "force": KJ_PER_MOL_NM_PER_EV_ANGSTROM,
 }
-_Latest = tuple[NDArray[np.float64], NDArray[np.float64] | None, float, int, int]
+_Latest = tuple[NDArray[np.float64] | Tensor, NDArray[np.float64] | None, float, int, int]
 _order = itertools.count()
 _alive: "weakref.WeakSet[StudentComputation]" = weakref.WeakSet()
 
@@ -42,7 +43,7 @@ class LastGood(NamedTuple):
     """The student's energy [kJ/mol]."""
 
     step: int
-    """OpenMM's number of the step."""
+    """OpenMM's number of the step; -1 with engine='torchscript', which is not told."""
 
 
 class ComputationSettings(TypedDict):
@@ -103,6 +104,7 @@ class StudentComputation:
         self.self_test: SelfTest | None = None
         self._follows = False
         self._by_thread: dict[int, Evaluator] = {}
+        self._by_device: dict[str, Evaluator] = {}
         self._box: tuple[Any, NDArray[np.float64]] | None = None
         self._latest: _Latest | None = None
         _alive.add(self)
@@ -118,17 +120,15 @@ class StudentComputation:
         except KeyboardInterrupt as error:
             raise KeyboardInterrupt("stopped from the keyboard (KeyboardInterrupt)") from error
         except Exception as error:
-            text = f"{type(error).__name__} in the mlffd potential: {error}"
-            if self._latest is not None:
-                text += ". The last state before: openmm_mlffd.last_good(system)"
-            raise RuntimeError(text) from error
+            raise RuntimeError(self._explanation(error)) from error
 
     @property
     def last_good(self) -> LastGood | None:
         """The last configuration that was evaluated; None if there was none."""
         if self._latest is None:
             return None
-        positions, box, energy, step, _ = self._latest
+        found, box, energy, step, _ = self._latest
+        positions = found.double().cpu().numpy() if isinstance(found, Tensor) else found
         return LastGood(positions.copy(), None if box is None else box.copy(), energy, step)
 
     def start(self) -> Evaluator:
@@ -168,6 +168,54 @@ class StudentComputation:
         # an exception must not cost the state before it: OpenMM may have moved on by then
         self._latest = positions, cell, energy, state.getStepCount(), next(_order)
         return energy, forces
+
+    def of_tensors(self, positions: Tensor, box: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Energy and forces where the positions are: the way of a `TorchForce`.
+
+        Parameters
+        ----------
+        positions
+            Positions of all particles of the System [nm], shape ``(n_particles, 3)``.
+        box
+            Box vectors as rows [nm], shape ``(3, 3)``; None if it is not periodic.
+
+        Returns
+        -------
+        Tensor, Tensor
+            Energy [kJ/mol], a scalar on the CPU, and forces [kJ/mol/nm] of all particles, with
+            the device and dtype of the positions.
+        """
+        given = positions.detach()
+        atoms = self.settings["atoms"]
+        index = None if atoms is None else torch.tensor(atoms, device=given.device)
+        chosen = given.clone() if index is None else given.index_select(0, index)
+        periodic = self.settings["periodic"] and box is not None
+        cell = box.detach().double().cpu().numpy() if box is not None and periodic else None
+        try:
+            evaluator = self._on(given.device)
+            energy, forces = evaluator.energy_and_forces_there(chosen, cell, **_UNITS)
+            if not self._tested:
+                on_host = chosen.double().cpu().numpy()
+                self._test(evaluator, on_host, cell, energy, forces.double().cpu().numpy())
+        except Exception as error:
+            raise RuntimeError(self._explanation(error)) from error
+        self._latest = chosen, cell, energy, -1, next(_order)
+        if index is not None:
+            forces = torch.zeros_like(given).index_copy_(0, index, forces)
+        return torch.tensor(energy, dtype=torch.float64), forces
+
+    def _on(self, device: torch.device) -> Evaluator:
+        """The evaluator on a device."""
+        key = str(device)
+        if key not in self._by_device:
+            self._by_device[key] = self._open(key)
+        return self._by_device[key]
+
+    def _explanation(self, error: Exception) -> str:
+        text = f"{type(error).__name__} in the mlffd potential: {error}"
+        if self._latest is not None:
+            text += ". The last state before: openmm_mlffd.last_good(system)"
+        return text
 
     def _follow(self, state: Any) -> Evaluator:
         """The evaluator on the GPU of the Context; remembered for the thread."""

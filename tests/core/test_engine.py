@@ -41,12 +41,12 @@ def test_moving_atoms_have_the_energies_of_the_reference(student, walk):
 
 def test_stale_list_is_noticed_after_the_evaluation_too(student, walk, monkeypatch):
     # as on a GPU, where the device says afterwards whether the neighbors were complete
-    from openmm_mlffd import engine
+    from openmm_mlffd.captured import CapturedStep
 
     system, positions = walk
     fast = FastEvaluator(student, system.numbers, precision="double", skin=0.5)
     fast.compute(positions[0], system.cell)
-    monkeypatch.setattr(engine._Step, "_looks_valid", lambda step: True)
+    monkeypatch.setattr(CapturedStep, "_looks_valid", lambda step: True)
     slow = Evaluator(student, system.numbers)
     for x in positions[::5]:
         assert_same(fast.compute(x, system.cell), slow.compute(x, system.cell))
