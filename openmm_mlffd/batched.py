@@ -44,7 +44,7 @@ class AtomicSystem(NamedTuple):
 class _Checked(NamedTuple):
     """A system as arrays, and where it was in the list."""
 
-    index: int
+    place: int
     numbers: NDArray[np.int64]
     positions: NDArray[np.float64]
     cell: NDArray[np.float64]
@@ -136,7 +136,7 @@ class BatchedEvaluator:
         found: list[Evaluation | None] = [None] * len(checked)
         for batch in _batches(checked, self.batch_atoms):
             for system, evaluation in zip(batch, self._evaluate(batch), strict=True):
-                found[system.index] = evaluation
+                found[system.place] = evaluation
         return [evaluation for evaluation in found if evaluation is not None]
 
     def _checked(self, index: int, system: AtomicSystem) -> _Checked:
@@ -261,7 +261,7 @@ def _batches(systems: Sequence[_Checked], n_atoms: int) -> Iterator[list[_Checke
     """Systems of similar size, up to a number of atoms."""
     batch: list[_Checked] = []
     total = 0
-    for system in sorted(systems, key=lambda s: (len(s.numbers), s.index)):
+    for system in sorted(systems, key=lambda s: (len(s.numbers), s.place)):
         if batch and total + len(system.numbers) > n_atoms:
             yield batch
             batch, total = [], 0

@@ -1,8 +1,9 @@
 """`Evaluator` with the fused kernels; on a GPU, a step is the replay of a captured CUDA graph."""
 
+import contextlib
 import copy
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -196,6 +197,21 @@ class FastEvaluator(Evaluator):
                     raise
                 raise found from error
 
+    @contextlib.contextmanager
+    def without_kernels(self) -> Iterator[None]:
+        """Leave out the evaluation itself, to time the rest; results are those of the last step.
+
+        Of the steps that were made before: evaluate once first.
+        """
+        kept = {step: step.replay for step in self._steps.values()}
+        for step in kept:
+            step.replay = _nothing
+        try:
+            yield
+        finally:
+            for step, replay in kept.items():
+                step.replay = replay
+
     def _open(self, periodic: tuple[bool, bool, bool], virial: bool, there: bool) -> CapturedStep:
         with torch.inference_mode(False), torch.no_grad():
             lists = VerletRows(
@@ -203,3 +219,7 @@ class FastEvaluator(Evaluator):
                 periodic=torch.tensor(periodic), capacity=self._capacity,
             )  # fmt: skip
             return CapturedStep(self.fast, lists, virial, there, self._check, self.labels)
+
+
+def _nothing() -> None:
+    """What is evaluated where only the rest is timed."""

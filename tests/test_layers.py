@@ -79,6 +79,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts files adapter openmm validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
+    "timed teachers": ("bench.teacher_timing", "", "numpy ase orb_models"),
     "bench": (
         "bench bench.*",
         "facts physics files adapter factory openmm bench package",
@@ -113,10 +114,10 @@ ONLY_IN = {
     "openmmtorch": "interfaces.openmm_torch",
     "ase": (
         "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
-        "training.teacher_worker training.orb training.datasets.convert"
+        "training.teacher_worker training.orb training.datasets.convert bench.teacher_timing"
     ),
     "rdkit": "validation.* training.sources training.generation.* training.datasets.chemistry",
-    "orb_models": "training.orb",
+    "orb_models": "training.orb bench.teacher_timing",
     "fennol": "training.teacher_worker",
     "distributed": "training.parallel",
     "so3krates_torch": "training.so3lr",
