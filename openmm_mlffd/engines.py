@@ -104,8 +104,14 @@ def open_graphs(model: str | Path | None, precision: str, device: torch.device) 
 
 def _can_run_kernels(device: torch.device) -> bool:
     """Whether Warp is there and can use the device; if not, says what to do about it."""
-    if importlib.util.find_spec("warp") is None:
+    warp = importlib.util.find_spec("warp")
+    if warp is None:
         advice = "pip install warp-lang"
+    elif device.type == "cpu":
+        folders = [Path(folder) / "bin" for folder in warp.submodule_search_locations or ()]
+        if any(list(folder.glob("*warp-clang*")) for folder in folders):
+            return True
+        advice = "this build of Warp has no compiler for the CPU: pip install warp-lang"
     elif device.type == "cuda":
         from openmm_mlffd.kernels.launch import has_cuda
 

@@ -1,5 +1,6 @@
 """The benchmark: sections that are measured one after the other, printed and stored as JSON."""
 
+import importlib.util
 import json
 import logging
 import platform as host
@@ -91,7 +92,10 @@ class Bench:
                 self._store()
             self.echo(f"({time.perf_counter() - start:.0f} s)")
         if any("step" in row or "bare" in row for row in self.results.get("speed", [])):
-            draw(self.results, self.output / "bench.png")
+            if importlib.util.find_spec("matplotlib") is None:
+                self.echo("no figure: pip install matplotlib")
+            else:
+                draw(self.results, self.output / "bench.png")
         return fine
 
     def compare(self, reference: Path) -> bool:

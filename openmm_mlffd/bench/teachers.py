@@ -52,7 +52,7 @@ def teacher_times(
         python = Path(sys.executable)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "structures.npz"
-        arrays = {}
+        arrays: dict[str, Any] = {}
         for k, s in enumerate(structures):
             arrays |= {f"numbers{k}": s.numbers, f"positions{k}": s.positions}
             arrays[f"cell{k}"] = np.zeros((3, 3)) if s.cell is None else s.cell

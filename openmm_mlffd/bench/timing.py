@@ -4,7 +4,8 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -155,7 +156,11 @@ def callback_time(source: StudentSource, structure: Structure, precision: str) -
     evaluator = computation.start()
     assert isinstance(evaluator, FastEvaluator)
     with evaluator.without_kernels():
-        return _sampled(lambda: computation(state) and None)
+        return _sampled(partial(_call, computation, state))
+
+
+def _call(computation: StudentComputation, state: openmm.State) -> None:
+    computation(state)
 
 
 def batch_time(potential: Potential, n_systems: int, n_atoms: int) -> dict[str, float]:
@@ -175,12 +180,15 @@ def batch_time(potential: Potential, n_systems: int, n_atoms: int) -> dict[str, 
     ones = [[(large.numbers, moved(large), large.cell)] for _ in range(4)]
     found = {}
     for name, systems in (("batch", batches), ("one", ones)):
-        calls = itertools.cycle(systems)
-        found[name] = _sampled(lambda calls=calls: evaluator.evaluate(next(calls)) and None)  # type: ignore[misc]
+        found[name] = _sampled(partial(_next_batch, evaluator, itertools.cycle(systems)))
     return {
         "batch": found["batch"]["median"], "one": found["one"]["median"],
         "ratio": found["batch"]["median"] / found["one"]["median"],
     }  # fmt: skip
+
+
+def _next_batch(evaluator: BatchedEvaluator, batches: Iterator[Any]) -> None:
+    evaluator.evaluate(next(batches))
 
 
 def device_memory(make: Callable[[], Evaluator], structure: Structure) -> dict[str, float]:
