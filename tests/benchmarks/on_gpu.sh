@@ -14,10 +14,12 @@ mkdir -p "$out"
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 small=${SMALL:-}
+factor=${small:+5}
+factor=${factor:-1}
 failed=()
 began=$SECONDS
 part() { # NAME SECONDS COMMAND...
-    local name=$1 seconds=$2
+    local name=$1 seconds=$(($2 * factor))
     shift 2
     [[ $parts == *" $name "* ]] || return 0
     echo "######## $name (at most $seconds s, $((SECONDS - began)) s so far)" | tee -a "$out/log.txt"
@@ -42,7 +44,7 @@ engines=python,eager
 "$python" -c 'from openmm_mlffd.interfaces.openmm_torch import torch_force_class as c; c()' 2>/dev/null &&
     engines=python,torchscript,eager
 nvidia-smi --query-gpu=name,driver_version,clocks.sm,clocks.max.sm --format=csv,noheader || true
-part tests 100 "${pytest[@]}" -m gpu tests/kernels tests/core tests/interfaces
+part tests 110 "${pytest[@]}" -m gpu tests/kernels tests/core tests/interfaces
 part openmm-torch 35 "${pytest[@]}" tests/interfaces/test_openmm_torch.py
 bench overhead 15 overhead --sizes "${sizes:-22,50,1000,5000,25000}"
 part openmm 75 "$python" tests/benchmarks/openmm_gpu.py --output "$out/openmm.json" --budget 70 \
