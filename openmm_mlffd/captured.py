@@ -20,6 +20,8 @@ from openmm_mlffd.rows import VerletRows, check_volume
 
 _WARM_UP = 3  # evaluations before a capture: libraries and allocators set themselves up
 
+_FEW = 4096  # atoms whose forces are summed by the host sooner than by another kernel
+
 _logger = logging.getLogger(__name__)
 
 
@@ -57,7 +59,7 @@ class CapturedStep:
         self.fast, self.lists, self.virial, self.there = fast, lists, virial, there
         self.check, self.labels, self.capture = check, labels, capture
         self.n_systems = lists.pbc.shape[0]
-        # energies, virials, norm of the forces, square of how far an atom has moved
+        # energies, virials, norm of many forces, square of how far an atom has moved
         self.n_tail = 10 * self.n_systems + 2
         n, device = lists.rows.positions.shape[0], lists.rows.positions.device
         self.n_atoms, self.device, self.on_gpu = n, device, device.type == "cuda"
@@ -71,7 +73,10 @@ class CapturedStep:
         self.flat = self.given.reshape(-1)
         self.found: NDArray[np.float64] = self.host.numpy()
         self.tail = self.found[-self.n_tail :]
+        self.few = n <= _FEW and not there
+        self.no_size = torch.zeros(1, dtype=torch.float64, device=device)
         self.forces = self.found[: 0 if there else 3 * n].reshape(-1, 3)
+        self.all_forces = self.forces.reshape(-1)
         self.box: bytes | None = None
         self.box_length = 1.0
         self.moved = math.inf
@@ -179,7 +184,7 @@ class CapturedStep:
             self._upload()
         found = self.fast(self.lists.rows, self.virial)
         forces, virial = found.forces.reshape(-1), found.virial.reshape(-1)
-        size = torch.linalg.vector_norm(forces).view(1)
+        size = self.no_size if self.few else torch.linalg.vector_norm(forces).view(1)
         parts = [forces, found.atom_energies, found.energy, virial, size]
         torch.cat([*parts, self.lists.moved().view(1)], out=self.output)
         if self.copies_inside:
@@ -221,7 +226,8 @@ class CapturedStep:
 
     def _refuse_results(self) -> None:
         energies = self.tail[: self.n_systems]
-        if math.isfinite(self.tail[-2]) and (
+        size = self.all_forces.dot(self.all_forces) if self.few else self.tail[-2]
+        if math.isfinite(size) and (
             math.isfinite(energies[0]) if self.n_systems == 1 else np.isfinite(energies).all()
         ):
             return

@@ -26,7 +26,11 @@ def orb_calculator(name: str, device: str) -> Any:
         If orb-models has no such model.
     """
     from orb_models.forcefield import pretrained
-    from orb_models.forcefield.calculator import ORBCalculator
+
+    try:
+        from orb_models.forcefield.inference.calculator import ORBCalculator
+    except ImportError:  # before 0.6
+        from orb_models.forcefield.calculator import ORBCalculator
 
     made: dict[str, Any] = {}
 
@@ -44,7 +48,8 @@ def orb_calculator(name: str, device: str) -> Any:
     finally:
         pretrained.load_model = load
     if isinstance(loaded, tuple):
-        return ORBCalculator(*loaded, device=device)
+        model, adapter = loaded
+        return ORBCalculator(model.eval(), adapter, device=device)
     return ORBCalculator(loaded.eval(), device=device)
 
 

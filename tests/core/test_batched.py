@@ -48,13 +48,13 @@ def test_the_same_atoms_again_keep_their_neighbors_while_they_move(student, make
     evaluator = BatchedEvaluator(student, precision="double")
     rng = np.random.default_rng(0)
     positions = [box.positions for box in boxes]
+    alone = [Evaluator(student, box.numbers) for box in boxes]
     for _ in range(12):
         positions = [x + rng.normal(0, 0.06, x.shape) for x in positions]
         moved = [(b.numbers, x, b.cell) for b, x in zip(boxes, positions, strict=True)]
         found = evaluator.evaluate(moved)
-        expected = BatchedEvaluator(student, precision="double").evaluate(moved)
-        for a, b in zip(found, expected, strict=True):
-            assert_same(a, b)
+        for a, one, (_, x, cell) in zip(found, alone, moved, strict=True):
+            assert_same(a, one.compute(x, cell), 1e-8)
     (step,) = evaluator._seen.values()
     assert 1 < step.lists.n_builds < 9
 

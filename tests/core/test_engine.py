@@ -192,8 +192,8 @@ fast.energy_and_forces(3.0 * grid, 12.0 * np.eye(3))
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200_000_000, used + 200_000_000))
 try:
-    # a million images of every atom
-    fast.energy_and_forces(0.1 * grid, 0.25 * np.eye(3))
+    # half a million images in every row
+    fast.energy_and_forces(0.1 * grid, 0.5 * np.eye(3))
 except OutOfMemory as error:
     print(error)
 fast.energy_and_forces(3.0 * grid, 12.0 * np.eye(3))
