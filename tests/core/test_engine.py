@@ -250,3 +250,23 @@ def test_captured_graph_gives_the_energies_of_the_reference(student, walk, preci
         found, expected = fast.compute(x, system.cell), slow.compute(x, system.cell)
         assert np.abs(found.forces - expected.forces).max() < tolerance
     assert fast.n_builds > 2
+
+
+@pytest.mark.gpu
+def test_short_ways_on_a_gpu_give_the_energies_of_the_reference(student, walk):
+    system, positions = walk
+    slow = Evaluator(student, system.numbers)
+    expected = [slow.compute(x, system.cell) for x in positions]
+    fast = FastEvaluator(student.to("cuda"), system.numbers, precision="double", skin=0.5)
+    for x, right in zip(positions, expected, strict=True):
+        energy, forces = fast.energy_and_forces(x, system.cell)
+        there, forces_there = fast.energy_and_forces_there(
+            torch.tensor(x / 10, device="cuda"), system.cell / 10, length=10.0
+        )
+        assert forces_there.is_cuda
+        assert abs(energy - right.energy) < 1e-9
+        assert abs(there - right.energy) < 1e-9
+        assert np.abs(forces - right.forces).max() < 1e-9
+        assert np.abs(forces_there.cpu().numpy() - right.forces).max() < 1e-9
+    assert fast.n_builds > 4
+    assert all(step.copies_inside for step in fast._steps.values())
