@@ -14,6 +14,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).resolve().parents[1]))
 
 if TYPE_CHECKING:
+    from openmm_mlffd.batched import BatchedEvaluator as BatchedEvaluator
     from openmm_mlffd.interfaces.ase_calculator import MLFFDCalculator as MLFFDCalculator
     from openmm_mlffd.interfaces.openmm_alarm import ExtrapolationError as ExtrapolationError
     from openmm_mlffd.interfaces.openmm_alarm import NoveltyProbe as NoveltyProbe
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from openmm_mlffd.interfaces.openmm_prepare import prepare as prepare
     from openmm_mlffd.interfaces.openmm_pressure import Barometer as Barometer
     from openmm_mlffd.interfaces.openmm_pressure import pressure as pressure
+    from openmm_mlffd.interfaces.openmm_stored import last_good as last_good
     from openmm_mlffd.interfaces.openmm_stored import load_system as load_system
     from openmm_mlffd.interfaces.openmm_stored import save_system as save_system
     from openmm_mlffd.interfaces.torchscript import compile_student as compile_student
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from openmm_mlffd.potential import Potential as Potential
 
 _LAZY = {
+    "BatchedEvaluator": "openmm_mlffd.batched",
     "Barometer": "openmm_mlffd.interfaces.openmm_pressure",
     "ExtrapolationError": "openmm_mlffd.interfaces.openmm_alarm",
     "MLFFDCalculator": "openmm_mlffd.interfaces.ase_calculator",
@@ -41,6 +44,7 @@ _LAZY = {
     "PaiNN": "openmm_mlffd.painn",
     "Potential": "openmm_mlffd.potential",
     "compile_student": "openmm_mlffd.interfaces.torchscript",
+    "last_good": "openmm_mlffd.interfaces.openmm_stored",
     "load_compiled": "openmm_mlffd.interfaces.torchscript",
     "load_student": "openmm_mlffd.modelfile",
     "load_system": "openmm_mlffd.interfaces.openmm_stored",
@@ -53,6 +57,7 @@ _LAZY = {
 }
 __all__ = [
     "Barometer",
+    "BatchedEvaluator",
     "ExtrapolationError",
     "MLFFDCalculator",
     "NoveltyProbe",
@@ -61,6 +66,7 @@ __all__ = [
     "Potential",
     "__version__",
     "compile_student",
+    "last_good",
     "load_compiled",
     "load_student",
     "load_system",

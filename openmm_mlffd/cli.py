@@ -80,6 +80,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("--json", help="Also write the numbers.")] = None,
 ) -> None:
     """Errors of a student on held-out structures, by subset."""
+    from openmm_mlffd.engines import open_graphs
     from openmm_mlffd.modelfile import load_student
     from openmm_mlffd.training.batches import StructureSource, prefetch
     from openmm_mlffd.training.evaluate import evaluate as run
@@ -91,7 +92,7 @@ def evaluate(
     potential = load_student(model, device=where, precision=precision)
     source = StructureSource([Dataset(f) for f in files], split)
     batches = prefetch(source.batches(batch_atoms), potential, where)
-    table = run(potential, batches, source.subsets, where)
+    table = run(open_graphs(model, precision, where), batches, source.subsets, where)
     typer.echo(
         f"{model} on the {split} split of {', '.join(map(str, files))} ({where}, {precision})"
     )
@@ -151,22 +152,33 @@ def nve(
 def bench(
     model: Annotated[str | None, typer.Argument(help="Bundled name or path of a student.")] = None,
     sections: Annotated[
-        str, typer.Option(help="What is measured: agreement, speed, drift, profile.")
-    ] = "agreement,speed,drift",
-    sizes: Annotated[str, typer.Option(help="Numbers of atoms.")] = "50,1000,5000,25000,100000",
-    engines: Annotated[str, typer.Option(help="Engines: python, eager.")] = "python,eager",
+        str,
+        typer.Option(help="What is measured: agreement, overhead, speed, batch, drift, profile."),
+    ] = "agreement,overhead,speed,batch,drift",
+    sizes: Annotated[str, typer.Option(help="Numbers of atoms.")] = "22,50,1000,5000,25000,100000",
+    engines: Annotated[
+        str, typer.Option(help="Engines: python, torchscript, eager.")
+    ] = "python,eager",
     precisions: Annotated[str, typer.Option(help="Precisions that are timed.")] = "single,mixed",
+    teachers: Annotated[
+        str, typer.Option(help="Architectures to time beside it, with random weights: orb-v2.")
+    ] = "",
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for bench.json.")] = Path(
-        "bench"
-    ),
+    compare: Annotated[
+        Path | None, typer.Option(help="Stored bench.json; exit code 1 if 15 % slower.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for bench.json and bench.png.")
+    ] = Path("bench"),
 ) -> None:
     """How fast the student is here, and how far its precisions are from float64."""
     from openmm_mlffd.bench.run import run_bench_command
+    from openmm_mlffd.training.environments import installed_python
 
     if not run_bench_command(
         model, sections=sections, sizes=sizes, engines=engines, precisions=precisions,
-        device=device, output=output, echo=typer.echo,
+        device=device, output=output, echo=typer.echo, teachers=teachers,
+        teacher_python=installed_python, compare=compare,
     ):  # fmt: skip
         raise typer.Exit(1)
 

@@ -3,10 +3,13 @@
 import importlib.util
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
+from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.painn import PaiNN
 
 KERNELS = ("auto", "fused", "eager")
@@ -73,10 +76,42 @@ def open_evaluator(
     return Evaluator(source.load(device=where, precision=precision), numbers, labels=labels)
 
 
+def open_graphs(model: str | Path | None, precision: str, device: torch.device) -> Any:
+    """The student that is the fastest on batches of graphs.
+
+    Parameters
+    ----------
+    model
+        Name of a bundled student or path of a student file.
+    precision
+        "single" or "double".
+    device
+        Torch device.
+
+    Returns
+    -------
+    FusedGraphs or Potential
+        Plain torch where fused kernels cannot run.
+    """
+    if _can_run_kernels(device):
+        from openmm_mlffd.batched import FusedGraphs
+
+        potential = load_student(model, device=device, precision="double")
+        if isinstance(potential.network, PaiNN):
+            return FusedGraphs(potential, precision=precision)
+    return load_student(model, device=device, precision=precision)
+
+
 def _can_run_kernels(device: torch.device) -> bool:
     """Whether Warp is there and can use the device; if not, says what to do about it."""
-    if importlib.util.find_spec("warp") is None:
+    warp = importlib.util.find_spec("warp")
+    if warp is None:
         advice = "pip install warp-lang"
+    elif device.type == "cpu":
+        folders = [Path(folder) / "bin" for folder in warp.submodule_search_locations or ()]
+        if any(list(folder.glob("*warp-clang*")) for folder in folders):
+            return True
+        advice = "this build of Warp has no compiler for the CPU: pip install warp-lang"
     elif device.type == "cuda":
         from openmm_mlffd.kernels.launch import has_cuda
 

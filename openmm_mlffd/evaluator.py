@@ -1,5 +1,6 @@
 """What the adapter of every engine needs: a student found again, and its numbers as numpy."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
+from openmm_mlffd.faults import explained, not_finite
 from openmm_mlffd.modelfile import (
     ModelFileError,
     bundled_students,
@@ -143,6 +146,7 @@ class Evaluator:
             raise ValueError("there are no atoms to evaluate")
         self.potential = potential
         self.numbers = np.array(numbers, dtype=np.int64)
+        self._shape = (len(self.numbers), 3)
         self.labels = labels
         self.device = next(potential.parameters()).device
         self.neighbors = VerletList(potential.cutoff, skin)
@@ -209,8 +213,81 @@ class Evaluator:
             prediction.atom_energies.detach().cpu().numpy(),
         )
 
+    def energy_and_forces(
+        self,
+        positions: NDArray[np.float64],
+        cell: NDArray[np.float64] | None = None,
+        *,
+        length: float = 1.0,
+        energy: float = 1.0,
+        force: float = 1.0,
+    ) -> tuple[float, NDArray[np.float64]]:
+        """What dynamics needs in each step, in the units of the caller.
+
+        Parameters
+        ----------
+        positions
+            Atom positions, float64, shape ``(n_atoms, 3)``.
+        cell
+            Box vectors as rows, float64, shape ``(3, 3)``; None for no box.
+        length
+            What the caller's unit of length is in Å.
+        energy, force
+            What 1 eV and 1 eV/Å are in the caller's units.
+
+        Returns
+        -------
+        float, ndarray
+            Energy, and forces of shape ``(n_atoms, 3)``, the caller's to keep.
+
+        Raises
+        ------
+        ValueError
+            As of `predict`.
+        OutOfMemory, NotFinite, DeviceLost
+            See `faults`.
+        """
+        box = None if cell is None else length * cell
+        try:
+            found = self.predict(length * positions, box, virial=False)
+            value, forces = found.energy.item(), found.forces.detach().cpu().numpy()
+        except (RuntimeError, MemoryError) as error:
+            better = explained(error, len(self.numbers), self.device)
+            if better is error:
+                raise
+            raise better from error
+        bad = np.flatnonzero(~np.isfinite(forces).all(axis=1)).tolist()
+        if bad:
+            first = bad[0] if self.labels is None else self.labels[bad[0]]
+            raise not_finite("forces", len(forces), first)
+        if not math.isfinite(value):
+            raise not_finite("energy", len(forces), None)
+        return value * energy, forces * force
+
+    def energy_and_forces_there(
+        self,
+        positions: Tensor,
+        cell: NDArray[np.float64] | None = None,
+        *,
+        length: float = 1.0,
+        energy: float = 1.0,
+        force: float = 1.0,
+    ) -> tuple[float, Tensor]:
+        """As `energy_and_forces`, of positions in a tensor, on the student's device.
+
+        Returns
+        -------
+        float, Tensor
+            Energy, and forces with the device and dtype of the positions.
+        """
+        value, forces = self.energy_and_forces(
+            positions.detach().double().cpu().numpy(), cell,
+            length=length, energy=energy, force=force,
+        )  # fmt: skip
+        return value, torch.from_numpy(forces).to(positions)
+
     def _check(self, positions: NDArray[np.float64]) -> None:
-        if positions.shape != (len(self.numbers), 3):
+        if positions.shape != self._shape:
             raise ValueError(
                 f"positions of shape ({len(self.numbers)}, 3) are needed, got {positions.shape}"
             )

@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "files": ("modelfile", "facts physics process package", "torch numpy safetensors"),
     "adapter": (
-        "engine engines evaluator novelty",
+        "batched captured engine engines evaluator faults novelty",
         "facts kernels physics files adapter process package",
         "torch numpy safetensors",
     ),
@@ -38,7 +38,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "openmm": (
         "interfaces.openmm_*",
         "facts files adapter openmm self-test process",
-        "numpy openmm openmmml ase",
+        "numpy torch openmm openmmml openmmtorch ase",
     ),
     "ase": ("interfaces.ase_*", "facts files adapter", "numpy ase"),
     "torchscript": (
@@ -80,6 +80,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts files adapter openmm validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
+    "timed teachers": ("bench.teacher_timing", "", "numpy ase orb_models"),
     "bench": (
         "bench bench.*",
         "facts physics files adapter factory openmm bench package",
@@ -88,7 +89,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "empty": ("interfaces students", "", ""),
     "package": (
         "",
-        "physics files ase openmm torchscript",
+        "physics files adapter ase openmm torchscript",
         "",
     ),  # only lazily: tests/test_import.py
     "cli": (
@@ -102,7 +103,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
 _OPENMM = (
     "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
     "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare "
-    "interfaces.openmm_untangle validation.*"
+    "interfaces.openmm_untangle interfaces.openmm_device interfaces.openmm_torch validation.*"
 )
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
@@ -111,12 +112,13 @@ ONLY_IN = {
         "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.* "
         "bench.*"
     ),
+    "openmmtorch": "interfaces.openmm_torch",
     "ase": (
         "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
-        "training.teacher_worker training.orb training.datasets.convert"
+        "training.teacher_worker training.orb training.datasets.convert bench.teacher_timing"
     ),
     "rdkit": "validation.* training.sources training.generation.* training.datasets.chemistry",
-    "orb_models": "training.orb",
+    "orb_models": "training.orb bench.teacher_timing",
     "fennol": "training.teacher_worker",
     "distributed": "training.parallel",
     "so3krates_torch": "training.so3lr",

@@ -1,5 +1,6 @@
 """The benchmark: sections that are measured one after the other, printed and stored as JSON."""
 
+import importlib.util
 import json
 import logging
 import platform as host
@@ -18,12 +19,21 @@ from numpy.typing import NDArray
 
 import openmm_mlffd
 from openmm_mlffd.bench import agreement, timing
+from openmm_mlffd.bench.compare import slower
+from openmm_mlffd.bench.figure import draw
+from openmm_mlffd.bench.floors import floors
 from openmm_mlffd.bench.systems import Structure, relaxed, water
+from openmm_mlffd.bench.teachers import WEIGHTS, teacher_times
 from openmm_mlffd.engines import PRECISIONS, open_evaluator
 from openmm_mlffd.evaluator import Evaluator, StudentSource, resolve_device
+from openmm_mlffd.painn import PaiNN
 
-SECTIONS = ("agreement", "speed", "drift", "profile")
-ENGINES = ("python", "eager")
+SECTIONS = ("agreement", "overhead", "speed", "batch", "drift", "profile")
+ENGINES = ("python", "torchscript", "eager")
+BATCH = (32, 50)
+"""Systems and atoms in each, of the section "batch"."""
+
+_TEACHER_LIMIT = 150.0  # s
 
 _logger = logging.getLogger(__name__)
 
@@ -50,6 +60,12 @@ class Bench:
     device: torch.device = field(default_factory=resolve_device)
     """Of the student."""
 
+    teachers: Sequence[str] = ()
+    """Teachers' architectures to be timed in the section "speed"."""
+
+    teacher_python: Callable[[str], Path | None] = lambda name: None
+    """Python of the environment of a teacher; None for this one."""
+
     echo: Callable[[str], object] = _logger.info
     """Where each line goes."""
 
@@ -75,7 +91,21 @@ class Bench:
                 self.echo("  ".join(f"{k} {_short(v)}" for k, v in row.items()))
                 self._store()
             self.echo(f"({time.perf_counter() - start:.0f} s)")
+        if any("step" in row or "bare" in row for row in self.results.get("speed", [])):
+            if importlib.util.find_spec("matplotlib") is None:
+                self.echo("no figure: pip install matplotlib")
+            else:
+                draw(self.results, self.output / "bench.png")
         return fine
+
+    def compare(self, reference: Path) -> bool:
+        """Tell what is slower than in a stored benchmark; whether nothing is."""
+        found = slower(self.results, json.loads(reference.read_text()))
+        for line in found:
+            self.echo(f"slower than {reference}: {line}")
+        if not found:
+            self.echo(f"nothing is slower than {reference}")
+        return not found
 
     @property
     def platform(self) -> str:
@@ -126,17 +156,41 @@ class Bench:
         evaluator = open_evaluator(self.source, numbers, device=self.device)
         return relaxed(evaluator, structure.positions, structure.cell)
 
+    def _overhead(self) -> Iterator[dict[str, Any]]:
+        for n in self.sizes:
+            measure = partial(timing.callback_time, self.source, water(n), self.precisions[0])
+            row: dict[str, Any] = {"atoms": n, "engine": "python", "precision": self.precisions[0]}
+            yield self._guarded(
+                row,
+                lambda measure=measure: {"callback": measure()["median"]},  # type: ignore[misc]
+            )
+
+    def _batch(self) -> Iterator[dict[str, Any]]:
+        potential = self.source.load(device=self.device, precision="double")
+        n_systems, n_atoms = BATCH
+        row: dict[str, Any] = {"systems": n_systems, "atoms": n_atoms, "precision": "single"}
+        yield self._guarded(row, partial(timing.batch_time, potential, n_systems, n_atoms))
+
     def _speed(self) -> Iterator[dict[str, Any]]:
+        structures = []
         for n, s in self._structures():
+            structures.append(s)
             empty = partial(self._step, s, None, "single")
             yield self._guarded({"atoms": n, "engine": "none"}, empty)
             for engine in self.engines:
                 for precision in self.precisions if engine != "eager" else ("single",):
                     row: dict[str, Any] = {"atoms": n, "engine": engine, "precision": precision}
-                    row = self._guarded(row, partial(self._bare, s, engine, precision))
+                    if engine != "torchscript":  # the evaluation is that of "python"
+                        row = self._guarded(row, partial(self._bare, s, engine, precision))
                     if "error" not in row:
                         row = self._guarded(row, partial(self._step, s, engine, precision))
                     yield row
+        for name in self.teachers:
+            for row in teacher_times(
+                name, structures, device=str(self.device), python=self.teacher_python(name),
+                limit=_TEACHER_LIMIT,
+            ):  # fmt: skip
+                yield {"engine": name, "precision": WEIGHTS} | row
 
     def _bare(self, structure: Structure, engine: str, precision: str) -> dict[str, Any]:
         def make() -> Any:
@@ -156,9 +210,21 @@ class Bench:
         return {
             "bare": found["median"], "bare_fastest": found["fastest"], "n_bare": found["n"],
             "ns_per_atom": 1e9 * found["median"] / atoms, "bare_rebuilt": rebuilt["median"],
-        } | {
+        } | self._floors(precision, atoms) | {
             f"{name}_bytes_per_atom": value / atoms for name, value in memory.items()
         }  # fmt: skip
+
+    def _floors(self, precision: str, n_atoms: int) -> dict[str, float]:
+        """The least that bytes and operations can take, where the device is known."""
+        potential = self.source.load(precision="double")
+        if not isinstance(potential.network, PaiNN):
+            return {}
+        least = floors(potential, precision=precision)
+        found = least.seconds(self.results["host"]["device"], n_atoms)
+        times = {} if found is None else {"floor_bytes": found[0], "floor_operations": found[1]}
+        return {
+            "bytes_per_atom": least.bytes_per_atom, "operations_per_atom": least.operations_per_atom
+        } | times  # fmt: skip
 
     def _step(self, structure: Structure, engine: str | None, precision: str) -> dict[str, Any]:
         found = timing.step_time(
@@ -204,8 +270,11 @@ def run_bench_command(
     device: str | None,
     output: Path,
     echo: Callable[[str], object],
+    teachers: str = "",
+    teacher_python: Callable[[str], Path | None] = lambda name: None,
+    compare: Path | None = None,
 ) -> bool:
-    """What `mlffd bench` does; lists are separated by commas. Whether nothing failed.
+    """What `mlffd bench` does; lists are separated by commas. Whether all is well.
 
     Raises
     ------
@@ -220,6 +289,8 @@ def run_bench_command(
                 raise ValueError(f"{word!r} is none of {', '.join(known)}")
     if not all(n.isdecimal() and int(n) > 1 for n in sizes.split(",")):
         raise ValueError(f"sizes must be numbers of atoms with commas between, got {sizes!r}")
+    if compare is not None and not compare.is_file():
+        raise ValueError(f"there is no stored benchmark {compare}")
     bench = Bench(
         source=StudentSource.find(model),
         output=output,
@@ -227,9 +298,14 @@ def run_bench_command(
         engines=engines.split(","),
         precisions=precisions.split(","),
         device=resolve_device(device),
+        teachers=[name for name in teachers.split(",") if name],
+        teacher_python=teacher_python,
         echo=echo,
     )
-    return bench.run(sections.split(","))
+    fine = bench.run(sections.split(","))
+    if compare is not None:
+        fine &= bench.compare(compare)
+    return fine
 
 
 def _describe(device: torch.device) -> dict[str, str]:

@@ -1,19 +1,26 @@
 """Times of an evaluation and of a step in OpenMM, and the memory that it takes."""
 
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import openmm
 import torch
+from numpy.typing import NDArray
 from openmm import app, unit
 from openmmml import MLPotential
 
-from openmm_mlffd.bench.systems import Structure
-from openmm_mlffd.evaluator import Evaluator
+from openmm_mlffd.batched import BatchedEvaluator
+from openmm_mlffd.bench.systems import Structure, water
+from openmm_mlffd.engine import FastEvaluator
+from openmm_mlffd.evaluator import Evaluator, StudentSource
+from openmm_mlffd.interfaces.openmm_force import VERSION, ComputationSettings, StudentComputation
+from openmm_mlffd.potential import Potential
 from openmm_mlffd.units import ANGSTROM_PER_NM
 
 N_SAMPLES = 20
@@ -49,7 +56,7 @@ def evaluation_time(
 
     def evaluate() -> None:
         nonlocal k
-        evaluator.predict(places[k % len(places)], cell, virial=False).forces.cpu()
+        evaluator.energy_and_forces(places[k % len(places)], cell)
         k += 1
 
     return _sampled(evaluate)
@@ -80,8 +87,9 @@ def step_time(
             system.addParticle(atom.element.mass)
     else:
         system = make_potential().createSystem(
-            topology, engine=engine, precision=precision, device=device
-        )
+            topology, engine=engine, precision=precision,
+            device=None if engine == "torchscript" else device,
+        )  # fmt: skip
     integrator = openmm.LangevinMiddleIntegrator(
         300 * unit.kelvin, 5 / unit.picosecond, 1 * unit.femtosecond
     )
@@ -111,6 +119,76 @@ def step_time(
     return {"median": found["median"] / n_steps, "fastest": found["fastest"] / n_steps} | {
         "n": found["n"], "steps": n_steps
     }  # fmt: skip
+
+
+def callback_time(source: StudentSource, structure: Structure, precision: str) -> dict[str, float]:
+    """Median time [s] of what a `PythonForce` does around its kernels, without them.
+
+    From OpenMM's State to forces in numpy, with the evaluation itself left out: what Python costs
+    in each step. On the CPU the check of how far atoms have moved is in it, on a GPU it is not.
+
+    Parameters
+    ----------
+    source
+        The student.
+    structure
+        The atoms.
+    precision
+        Of the student.
+    """
+    settings = ComputationSettings(
+        version=VERSION, name=source.name, path=source.path, sha256=source.sha256,
+        numbers=structure.numbers.tolist(), atoms=None, periodic=structure.cell is not None,
+        precision=precision, device=None, kernels="fused", self_test=False,
+    )  # fmt: skip
+    computation = StudentComputation(settings)
+    system = openmm.System()
+    for _ in structure.numbers:
+        system.addParticle(1.0)
+    if structure.cell is not None:
+        system.setDefaultPeriodicBoxVectors(*(structure.cell / ANGSTROM_PER_NM))
+    context = openmm.Context(
+        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference")
+    )
+    context.setPositions(structure.positions / ANGSTROM_PER_NM)
+    state = context.getState(positions=True)
+    computation(state)
+    evaluator = computation.start()
+    assert isinstance(evaluator, FastEvaluator)
+    with evaluator.without_kernels():
+        return _sampled(partial(_call, computation, state))
+
+
+def _call(computation: StudentComputation, state: openmm.State) -> None:
+    computation(state)
+
+
+def batch_time(potential: Potential, n_systems: int, n_atoms: int) -> dict[str, float]:
+    """Time [s] of many small systems in one batch, and of one system of as many atoms.
+
+    Both are evaluated again and again with positions that change a little, as replicas and long
+    simulations are.
+    """
+    small, large = water(n_atoms), water(n_systems * n_atoms)
+    rng = np.random.default_rng(0)
+
+    def moved(structure: Structure) -> NDArray[np.float64]:
+        return structure.positions + _SHAKE * rng.uniform(-1, 1, structure.positions.shape)
+
+    evaluator = BatchedEvaluator(potential)
+    batches = [[(small.numbers, moved(small), small.cell)] * n_systems for _ in range(4)]
+    ones = [[(large.numbers, moved(large), large.cell)] for _ in range(4)]
+    found = {}
+    for name, systems in (("batch", batches), ("one", ones)):
+        found[name] = _sampled(partial(_next_batch, evaluator, itertools.cycle(systems)))
+    return {
+        "batch": found["batch"]["median"], "one": found["one"]["median"],
+        "ratio": found["batch"]["median"] / found["one"]["median"],
+    }  # fmt: skip
+
+
+def _next_batch(evaluator: BatchedEvaluator, batches: Iterator[Any]) -> None:
+    evaluator.evaluate(next(batches))
 
 
 def device_memory(make: Callable[[], Evaluator], structure: Structure) -> dict[str, float]:

@@ -1,10 +1,13 @@
 """Students in OpenMM: the implementation behind ``MLPotential('mlffd')``."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 try:
     import openmm
@@ -24,7 +27,7 @@ from openmm_mlffd.interfaces.openmm_topology import (
 )
 from openmm_mlffd.modelfile import ModelFileError, read_header
 
-ENGINES = {"auto": "auto", "python": "fused", "eager": "eager"}
+ENGINES = {"auto": "auto", "python": "fused", "torchscript": "fused", "eager": "eager"}
 """Engines, and the kernels that each stands for."""
 
 _STUDENT_KEYWORDS = ("model", "modelPath")
@@ -54,6 +57,11 @@ class _Options:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {new.engine!r}")
         if new.engine == "eager" and new.precision == "mixed":
             raise ValueError("engine='eager' has no mixed precision: single or double")
+        if new.engine == "torchscript" and new.device is not None:
+            raise ValueError(
+                "with engine='torchscript' the student works on the device of its Context: leave "
+                "device out, and give the Context a platform and a DeviceIndex"
+            )
         if new.charge is not None and new.charge != 0:
             raise ValueError(
                 f"charge={new.charge} was asked for, but the student has no charge to set: what "
@@ -87,8 +95,10 @@ class MLFFDPotentialImpl(MLPotentialImpl):
     `createMixedSystem`, where they override:
 
     engine
-        ``'auto'`` (default), ``'python'`` (fused kernels, a `PythonForce`) or ``'eager'`` (plain
-        torch, slow and simple, a `PythonForce`).
+        ``'python'`` (fused kernels, a `PythonForce`), ``'torchscript'`` (fused kernels, a
+        `TorchForce` of OpenMM-Torch), ``'eager'`` (plain torch, slow and simple, a `PythonForce`)
+        or ``'auto'`` (default): on a GPU where both load, the one of the first two whose steps are
+        shorter, measured once for each size and logged; else a `PythonForce`.
     precision
         ``'single'`` (default), ``'mixed'`` (half-precision storage of what is gathered; not for
         ``'eager'``) or ``'double'``: the arithmetic of the network. Energies and forces are summed
@@ -188,28 +198,32 @@ class MLFFDPotentialImpl(MLPotentialImpl):
         numbers = atomic_numbers(chosen, known)
         if not options.allowMissingHydrogens:
             check_hydrogens(topology, chosen)
-        computation = StudentComputation(
-            ComputationSettings(
-                version=VERSION,
-                name=self.student.name,
-                path=self.student.path,
-                sha256=self.student.sha256,
-                numbers=numbers,
-                atoms=indices,
-                periodic=_is_periodic(topology, system),
-                precision=options.precision or "single",
-                device=None if options.device is None else str(options.device),
-                kernels=ENGINES[options.engine or "auto"],
-                self_test=options.selfTest,
-            )
+        settings = ComputationSettings(
+            version=VERSION,
+            name=self.student.name,
+            path=self.student.path,
+            sha256=self.student.sha256,
+            numbers=numbers,
+            atoms=indices,
+            periodic=_is_periodic(topology, system),
+            precision=options.precision or "single",
+            device=None if options.device is None else str(options.device),
+            kernels=ENGINES[options.engine or "auto"],
+            self_test=options.selfTest,
         )
+        computation = StudentComputation(settings)
         computation.start()  # a damaged student is reported here, not in the first step
-        force = openmm.PythonForce(computation)
+        if _engine(options, settings, system) == "torchscript":
+            from openmm_mlffd.interfaces.openmm_torch import make_torch_force
+
+            force = make_torch_force(settings | ComputationSettings(kernels="fused"))  # type: ignore[typeddict-item]
+        else:
+            force = openmm.PythonForce(computation)
+            force.setUsesPeriodicBoundaryConditions(settings["periodic"])
+            if indices is not None:
+                force.setParticles(indices)
         force.setName("MLFFD")
         force.setForceGroup(forceGroup)
-        force.setUsesPeriodicBoundaryConditions(computation.settings["periodic"])
-        if indices is not None:
-            force.setParticles(indices)
         system.addForce(force)
 
     def getMLLongRange(self) -> bool:
@@ -253,6 +267,31 @@ def _chosen_atoms(topology: openmm.app.Topology, indices: list[int] | None) -> l
         twice = next(i for i in indices if indices.count(i) > 1)
         raise ValueError(f"atom {twice} is more than once in the list of atoms")
     return [everything[i] for i in indices]
+
+
+def _engine(options: _Options, settings: ComputationSettings, system: openmm.System) -> str:
+    """The engine that is asked for, or the one that is faster where either will do."""
+    interpolates = system.getNumParticles() == 0  # a stand-in, whose forces are copied
+    if options.engine == "torchscript" and interpolates:
+        raise ValueError(
+            "interpolate=True copies forces by way of XML, and a TorchForce is code that should "
+            "not go that way: use engine='python'"
+        )
+    if interpolates:
+        return "python"
+    if options.engine == "torchscript":
+        return "torchscript"
+    # without a GPU a TorchForce has nothing to save, and on another device it would not run
+    if options.engine not in (None, "auto") or options.device is not None:
+        return "python"
+    if importlib.util.find_spec("openmmtorch") is None or not torch.cuda.is_available():
+        return "python"
+    if importlib.util.find_spec("warp") is None:
+        return "python"
+    from openmm_mlffd.interfaces.openmm_torch import best_platform, faster_engine
+
+    platform = best_platform()
+    return faster_engine(settings, platform) if platform == "CUDA" else "python"
 
 
 def _is_periodic(topology: openmm.app.Topology, system: openmm.System) -> bool:

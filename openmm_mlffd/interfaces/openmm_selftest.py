@@ -103,7 +103,7 @@ def self_test_evaluator(
     positions: NDArray[np.float64],
     cell: NDArray[np.float64] | None,
     *,
-    first: Prediction | None = None,
+    first: tuple[float, NDArray[np.float64]] | None = None,
 ) -> SelfTest | None:
     """Compare an evaluator with the plain network in double precision, and that with differences.
 
@@ -123,7 +123,7 @@ def self_test_evaluator(
     cell
         Box vectors as rows [Å], shape ``(3, 3)``; None for no box.
     first
-        What the evaluator has said of these positions already; it counts as a call.
+        Energy [eV] and forces [eV/Å] that it has said of these positions already; counts as a call.
 
     Returns
     -------
@@ -140,7 +140,9 @@ def self_test_evaluator(
         _log.warning("no self-test: %d atoms are more than %d", n_atoms, LARGEST)
         return None
     began = time.perf_counter()
-    found = [] if first is None else [_copy(first)]
+    found = []
+    if first is not None:
+        found.append((torch.tensor(first[0], dtype=torch.float64), torch.tensor(first[1])))
     while len(found) < N_CALLS:
         found.append(_copy(evaluator.predict(positions, cell, virial=False)))
     try:

@@ -16,7 +16,11 @@ except ImportError as error:
     raise ImportError(f"OpenMM is needed ({error}): pip install 'openmm-mlffd[openmm]'") from error
 
 from openmm_mlffd.interfaces import openmm_correction, openmm_force
-from openmm_mlffd.interfaces.openmm_force import ComputationSettings
+from openmm_mlffd.interfaces.openmm_force import (
+    ComputationSettings,
+    LastGood,
+    restore_computation,
+)
 from openmm_mlffd.storage import replacing
 
 # what a stored function may consist of: our own restore functions, called once, with plain values
@@ -105,7 +109,42 @@ def student_functions(system: openmm.System) -> dict[int, Any]:
                 found[index] = restore_function(_payload(ElementTree.fromstring(xml)))
             except UnsafeSystemError:
                 continue
+        elif type(force) is openmm.Force or type(force).__name__ == "TorchForce":
+            from openmm_mlffd.interfaces.openmm_torch import settings_of
+
+            settings = settings_of(force)
+            if settings is not None:
+                found[index] = restore_computation(settings)
     return found
+
+
+def last_good(system: openmm.System) -> LastGood | None:
+    """The last configuration that the student of a System could evaluate, in any Context.
+
+    For when a step ended with an exception: by then OpenMM's Context may hold the positions that
+    could not be evaluated.
+
+    Parameters
+    ----------
+    system
+        The System.
+
+    Returns
+    -------
+    LastGood or None
+        None if nothing was evaluated in this process.
+
+    Raises
+    ------
+    ValueError
+        If the System has no student.
+    """
+    functions = student_functions(system)
+    if not functions:
+        raise ValueError("the System has no student among its forces")
+    function = functions[min(functions)]
+    settings = (getattr(function, "all_settings", None) or [function.settings])[0]
+    return openmm_force.last_good(settings)
 
 
 def save_system(system: openmm.System, path: str | Path) -> str:
@@ -131,7 +170,9 @@ def save_system(system: openmm.System, path: str | Path) -> str:
     return digest
 
 
-def load_system(path: str | Path, *, sha256: str | None = None) -> openmm.System:
+def load_system(
+    path: str | Path, *, sha256: str | None = None, trusted: bool = False
+) -> openmm.System:
     """Read a System, after looking at what its XML would run.
 
     `openmm.XmlSerializer.deserialize` unpickles the functions of `PythonForce` objects, and so
@@ -143,6 +184,9 @@ def load_system(path: str | Path, *, sha256: str | None = None) -> openmm.System
         XML of a System, from `save_system` or `openmm.XmlSerializer`.
     sha256
         Refuse the file unless it has this hash, as `save_system` returned it.
+    trusted
+        Whether to read a `TorchForce` too (engine='torchscript'). It holds code, which nobody
+        looks at here: only for files that you wrote yourself.
 
     Returns
     -------
@@ -182,13 +226,24 @@ def load_system(path: str | Path, *, sha256: str | None = None) -> openmm.System
     if root.tag != "System":
         raise UnsafeSystemError(f"{path}: holds a {root.tag}, not a System")
     for element in root.iter():
-        _check_element(element, path)
+        _check_element(element, path, trusted)
     # as it was understood here: another parser cannot see another file
     return openmm.XmlSerializer.deserialize(ElementTree.tostring(root, encoding="unicode"))
 
 
-def _check_element(element: ElementTree.Element, path: str | Path) -> None:
+def _check_element(element: ElementTree.Element, path: str | Path, trusted: bool) -> None:
     kind = element.attrib.get("type")
+    if element.tag == "Force" and kind == "TorchForce":
+        if not trusted:
+            raise UnsafeSystemError(
+                f"{path}: holds a TorchForce, which is code that runs when it is used. If you "
+                "wrote the file yourself: load_system(path, trusted=True). Systems with "
+                "engine='python' hold no code"
+            )
+        from openmm_mlffd.interfaces.openmm_torch import torch_force_class
+
+        torch_force_class()  # and what its module needs
+        return
     if element.tag == "Force" and not hasattr(openmm, str(kind)):
         raise UnsafeSystemError(f"{path}: a force of type {kind} is not part of OpenMM")
     if kind == "PythonForce":

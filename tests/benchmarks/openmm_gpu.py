@@ -21,8 +21,15 @@ from openmm import app, unit
 from openmmml import MLPotential
 
 from openmm_mlffd import Barometer, NoveltyProbe, load_student
+from openmm_mlffd.bench.systems import relaxed
+from openmm_mlffd.bench.systems import water as bench_water
+from openmm_mlffd.bench.timing import evaluation_time, make_topology
+from openmm_mlffd.engines import open_evaluator
+from openmm_mlffd.evaluator import StudentSource
 from openmm_mlffd.graph import build_graph
+from openmm_mlffd.interfaces import openmm_torch
 from openmm_mlffd.interfaces.openmm_factory import MLFFDPotentialImplFactory
+from openmm_mlffd.interfaces.openmm_force import positions_of
 from openmm_mlffd.interfaces.openmm_prepare import repartition_hydrogen_mass
 from openmm_mlffd.interfaces.openmm_stored import student_functions
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
@@ -63,13 +70,15 @@ class Bench:
         self.output.write_text(json.dumps(self.numbers, indent=1, default=str) + "\n")
         print(name, json.dumps(found, default=str), flush=True)
 
-    def context(self, system, *, timestep=0.5, friction=1.0):
+    def context(self, system, *, timestep=0.5, friction=1.0, properties=None):
         """Context on the platform, Langevin dynamics at 300 K [fs, 1/ps]."""
         integrator = openmm.LangevinMiddleIntegrator(
             300 * unit.kelvin, friction / unit.picosecond, timestep * unit.femtosecond
         )
         integrator.setRandomNumberSeed(1)
-        return openmm.Context(system, integrator, openmm.Platform.getPlatform(self.platform))
+        return openmm.Context(
+            system, integrator, openmm.Platform.getPlatform(self.platform), properties or {}
+        )
 
 
 def potential():
@@ -239,6 +248,70 @@ class Silence:
     def __call__(self, state):
         state.getPositions(asNumpy=True)
         return 0.0, self.forces
+
+
+class Replay:
+    """A force of nothing that lets PyTorch work on the GPU: what two users of a GPU cost."""
+
+    def __init__(self, n_atoms):
+        self.forces = np.zeros((n_atoms, 3))
+        self.numbers = torch.zeros(3 * n_atoms, device="cuda")
+        self.numbers.mul_(1.0)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.numbers.mul_(1.0)
+
+    def __call__(self, state):
+        positions_of(state)
+        self.graph.replay()
+        torch.cuda.current_stream().synchronize()
+        return 0.0, self.forces
+
+
+def host(bench, found):
+    """Where the time of a step of 50 atoms goes: OpenMM, Python, PyTorch beside it, the student."""
+    structure = bench_water(50)
+    topology, n_atoms = make_topology(structure), len(structure.numbers)
+    evaluator = open_evaluator(StudentSource.find(), structure.numbers.tolist())
+    start = relaxed(evaluator, structure.positions, structure.cell) / ANGSTROM_PER_NM
+    evaluation = evaluation_time(evaluator, structure)
+    found["atoms"], found["evaluation_us"] = n_atoms, 1e6 * evaluation["median"]
+    forces = {"nothing": None, "python": lambda: openmm.PythonForce(Silence(n_atoms))}
+    if bench.platform == "CUDA":
+        forces["python_and_torch"] = lambda: openmm.PythonForce(Replay(n_atoms))
+    engines = ["python"]
+    if torch_forces_work(bench.platform):
+        engines.append("torchscript")
+    for engine in engines:
+        forces[f"student_{engine}"] = engine
+    settings = [("", {})]
+    if bench.platform == "CUDA":
+        settings = [(f"_blocking_{b}", {"UseBlockingSync": b}) for b in ("true", "false")]
+    n_steps = 5 if bench.small else 400
+    for suffix, properties in settings:
+        for name, make in forces.items():
+            if isinstance(make, str):
+                system = potential().createSystem(topology, engine=make, selfTest=False)
+            else:
+                system = openmm.System()
+                for atom in topology.atoms():
+                    system.addParticle(atom.element.mass)
+                if make is not None:
+                    system.addForce(make())
+            context = bench.context(system, friction=5.0, properties=properties)
+            context.setPositions(start)
+            context.setVelocitiesToTemperature(300, 1)
+            timed(context, n_steps)
+            found[f"{name}{suffix}_us"] = 1e3 * min(timed(context, n_steps) for _ in range(5))
+
+
+def torch_forces_work(platform):
+    """Whether OpenMM-Torch is there and works."""
+    try:
+        openmm_torch.torch_force_class()
+    except ImportError:
+        return False
+    return not openmm_torch._failure("CUDA" if platform == "CUDA" else "Reference")
 
 
 def protein(bench, found):
@@ -433,7 +506,9 @@ def main():
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--only", help="sections, with commas between them")
     options = parser.parse_args()
-    sections = (machine, agreement, alarm, gpu_tests, barostat_moves, ligand, protein, npt)
+    sections = (
+        machine, host, agreement, alarm, gpu_tests, barostat_moves, ligand, protein, npt,
+    )  # fmt: skip
     names = [section.__name__ for section in sections]
     wanted = options.only.split(",") if options.only else names
     if not set(wanted) <= set(names):

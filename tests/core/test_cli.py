@@ -1,9 +1,12 @@
 import json
 import sys
 
-import h5py
 import numpy as np
 import pytest
+
+pytest.importorskip("h5py")
+
+import h5py
 
 from openmm_mlffd import __version__, cli
 from openmm_mlffd.modelfile import bundled_students, load_student

@@ -159,8 +159,8 @@ def test_a_pickle_inside_another_force_is_found(stored, system, tmp_path):
 
 def test_forces_of_plugins_are_refused(stored):
     xml = stored.read_text().rsplit("\n<!--", 1)[0]
-    stored.write_text(xml.replace('type="CMMotionRemover"', 'type="TorchForce"'))
-    with pytest.raises(UnsafeSystemError, match="TorchForce is not part of OpenMM"):
+    stored.write_text(xml.replace('type="CMMotionRemover"', 'type="PlumedForce"'))
+    with pytest.raises(UnsafeSystemError, match="PlumedForce is not part of OpenMM"):
         load_system(stored)
 
 
