@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import openmm_mlffd
-from openmm_mlffd import cli_data
+from openmm_mlffd import cli_data, cli_learn
 
 app = typer.Typer(
     name="mlffd",
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # it takes units, such as [ps], for styles and leaves them out
 )
 app.add_typer(cli_data.app)
+app.add_typer(cli_learn.app)
 
 
 @app.callback(invoke_without_command=True)
