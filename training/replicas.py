@@ -26,6 +26,9 @@ BOND = 1.25
 FASTEST = 0.5
 """An atom that moves further in one step [Å] has left all that is physical."""
 
+FLOWN = "atoms fly apart"
+"""Why a replica fails of which an atom comes near to others."""
+
 _MARGIN = 15.0  # Å by which the radius of a molecule may grow
 
 Array = NDArray[np.float64]
@@ -338,7 +341,7 @@ class Guard:
             elif abs(change[i]) > limits.energy:
                 found[i] = f"the energy changed by {change[i]:.2f} eV/atom"
             elif flown[i]:
-                found[i] = "atoms fly apart"
+                found[i] = FLOWN
         return found
 
     def _names(self, *atoms: Any) -> str:
