@@ -28,3 +28,22 @@ def active(
     typer.echo(f"current student: {outcome.student}")
     if not outcome.finished:
         raise typer.Exit(3)
+
+
+@app.command()
+def tune(
+    config: Annotated[Path, typer.Argument(help="YAML file of the training.")],
+    space: Annotated[Path, typer.Argument(help="YAML file of what is searched, and how long.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the training as key=value.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the study.")] = Path(
+        "tune"
+    ),
+) -> None:
+    """Search for hyper-parameters; several processes may share a folder. Exit code 3: stopped."""
+    from openmm_mlffd.training.tune import run_tune
+
+    if not run_tune(config, space, output, overrides=overrides or [], echo=typer.echo):
+        typer.echo("stopped; the same command goes on")
+        raise typer.Exit(3)

@@ -217,6 +217,9 @@ class TrainConfig:
     """Fit the schedules to this time, after which the run is finished; `epochs` is then the
     largest number of passes. The number of steps depends on the machine's speed."""
 
+    fit_steps: int | None = None
+    """Fit the schedules to so many steps, after which the run is finished, whatever `epochs` is."""
+
     max_minutes: float | None = None
     """Stop after this time, with a checkpoint; running the same command again goes on."""
 

@@ -147,7 +147,7 @@ def _ensembles(job: Job) -> dict[str, Task]:
 
 
 def _stability(job: Job) -> dict[str, Task]:
-    molecules = {
+    molecules: dict[str, Task] = {
         f"stability of {len(runs)} molecules, part {k + 1}": partial(molecules_piece, job, k, runs)
         for k, runs in enumerate(molecule_runs(job))
     }

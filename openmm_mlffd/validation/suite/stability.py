@@ -471,7 +471,7 @@ def _ask_teacher(job: Job, teacher: Model, name: str, run: dict[str, Any]) -> di
     if run["suspicious_file"]:
         positions = read_xyz(folder / run["suspicious_file"])
     else:
-        parts = [read_arrays(path) for path in sorted(folder.glob("segment-*.npz"))]
+        parts = [read_arrays(p) for p in sorted(folder.glob("segment-*.npz"))]
         positions = np.concatenate([p["positions"] for p in parts])[-1].astype(float)
     settings = {
         "teacher": teacher.identity, "model": job.model.identity, "name": name,
@@ -487,7 +487,7 @@ def _ask_teacher(job: Job, teacher: Model, name: str, run: dict[str, Any]) -> di
 
         ratio = length(relaxed) / length(system.positions)
         structures = [Structure(system.numbers, x, system.cell) for x in (positions, relaxed)]
-        (before, _), (after, _) = label(teacher, structures)
+        before, after = (energy for energy, _forces_ in label(teacher, structures))
         return {"stretch": ratio, "keeps": ratio < CLOSED, "falls": before - after}
 
     return dict(job.store.piece(f"teacher on {name}", settings, measure).numbers)
