@@ -47,3 +47,41 @@ def tune(
     if not run_tune(config, space, output, overrides=overrides or [], echo=typer.echo):
         typer.echo("stopped; the same command goes on")
         raise typer.Exit(3)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML file; see training/configs/sweep.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the sweep as key=value.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Points whose names hold this text, repeatable.")
+    ] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Begin no point that would end later.")
+    ] = None,
+) -> None:
+    """Train, evaluate and time many students; goes on where it stopped. Exit code 3: not all."""
+    from openmm_mlffd.training.sweep import run_sweep
+
+    if not run_sweep(
+        file, overrides=overrides or [], only=only or [], max_minutes=max_minutes, echo=typer.echo
+    ):
+        raise typer.Exit(3)
+
+
+@app.command()
+def pareto(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of `mlffd sweep`.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write, .svg.")],
+    against: Annotated[
+        str, typer.Option(help="speed, structures or minutes: what errors are drawn against.")
+    ] = "speed",
+    atoms: Annotated[int, typer.Option(help="Size whose time per step is taken.")] = 1000,
+    split: Annotated[str, typer.Option(help="Of the errors: val or test.")] = "test",
+) -> None:
+    """Error against time per step, or learning curves, as figure and table."""
+    from openmm_mlffd.training.plots import run_pareto
+
+    typer.echo(run_pareto(folders, output, against=against, atoms=atoms, split=split))
