@@ -85,3 +85,19 @@ def pareto(
     from openmm_mlffd.training.plots import run_pareto
 
     typer.echo(run_pareto(folders, output, against=against, atoms=atoms, split=split))
+
+
+@app.command()
+def card(
+    validation: Annotated[Path, typer.Argument(help="Folder of `mlffd validate`.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; model_card.md there.")
+    ] = None,
+    stability: Annotated[
+        Path | None, typer.Option(help="stability.json of `mlffd stability`, to be in it, too.")
+    ] = None,
+) -> None:
+    """Write a student's model card from stored results; measures nothing."""
+    from openmm_mlffd.validation.suite.card import run_card_command
+
+    typer.echo(run_card_command(validation, output, stability))

@@ -147,7 +147,7 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
             axis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.3g}"))
-            axis.set_tick_params(which="minor", labelsize=7)
+            axis.set_tick_params(which="both", labelsize=8)
         label = AXES[against] + (f", {atoms:,} atoms" if against == "speed" else "")
         axes.set_xlabel(label)
         axes.set_ylabel("force MAE [meV/Å]")
@@ -156,7 +156,7 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
                 dot.name, (dot.x, dot.force_mae), xytext=(4, 4), textcoords="offset points",
                 fontsize=7, color="#333333",
             )  # fmt: skip
-        axes.margins(0.12)
+        axes.margins(0.15)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()

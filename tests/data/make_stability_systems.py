@@ -94,6 +94,7 @@ def write_molecule(smiles: str, path: Path) -> None:
 
 def write_box(smiles: str, path: Path) -> None:
     """A solute in water after 1 ps at 300 K with MMFF94."""
+    smiles = Chem.MolToSmiles(Chem.MolFromSmiles(smiles))  # the order that the recipe gives atoms
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         (place / "solute.smi").write_text(smiles + "\n")
