@@ -29,6 +29,8 @@ FASTEST = 0.5
 FLOWN = "atoms fly apart"
 """Why a replica fails of which an atom comes near to others."""
 
+_MOST_PAIRS = 2_000_000  # of atoms, up to which all are looked at
+
 _MARGIN = 15.0  # Å by which the radius of a molecule may grow
 
 Array = NDArray[np.float64]
@@ -148,7 +150,7 @@ class Replicas:
         if self.cell is not None:
             self.start = np.array(replicas[0].positions, np.float64)
         self.positions = self.start + self.origin[self.system]
-        self.velocities = self._without_drift(self._thermal * rng.normal(size=self.start.shape))
+        self.velocities = self._without_drift(self._thermal * rng.standard_normal(self.start.shape))
         self.energies, self.force = forces(self.positions, self.cell)
 
     def __len__(self) -> int:
@@ -160,8 +162,12 @@ class Replicas:
         return np.asarray(means[self.system])
 
     def _without_drift(self, velocities: Array) -> Array:
-        moving = self.moving[self.system, None]
-        return np.where(moving, velocities - self._center(velocities), 0.0)
+        free = velocities - self._center(velocities)
+        return free if self.moving.all() else self._masked(free)
+
+    def _masked(self, values: Array) -> Array:
+        """Zero for what stands still."""
+        return np.where(self.moving[self.system, None], values, 0.0)
 
     @property
     def local(self) -> Array:
@@ -183,12 +189,12 @@ class Replicas:
         half = 0.5 * self._step
         failed: dict[int, str] = {}
         noise = np.sqrt(1.0 - self._keep**2) * self._thermal
+        kick = half / self._mass
         for _ in range(n_steps):
-            v = self.velocities + half * self.force / self._mass
+            v = self.velocities + kick * self.force
             x = self.positions + half * v
-            v = self._without_drift(
-                self._keep * v + noise * self._rng.normal(size=self.start.shape)
-            )
+            v = self._keep * v + noise * self._rng.standard_normal(v.shape)
+            v = self._without_drift(v)
             x += half * v
             if wrong := self._too_fast(v):
                 failed |= wrong
@@ -197,12 +203,14 @@ class Replicas:
                 x[still] = (self.start + self.origin[self.system])[still]
             self.positions = x
             self.energies, force = self._forces(x, self.cell)
-            self.force = np.where(self.moving[self.system, None], force, 0.0)
-            self.velocities = v + half * self.force / self._mass
+            self.force = force if self.moving.all() else self._masked(force)
+            self.velocities = v + kick * self.force
             self.steps += 1
         return failed
 
     def _too_fast(self, velocities: Array) -> dict[int, str]:
+        if max(velocities.max(), -velocities.min()) * self._step < FASTEST:  # not if one is NaN
+            return {}
         speed = np.abs(velocities).max(1) * self._step
         bad = ~(speed < FASTEST)
         if not bad.any():
@@ -283,6 +291,7 @@ class Guard:
         self.length = length[once]
         self._energy = replicas.energy()
         self._size = np.diff(replicas.offsets)
+        self._all = self._all_pairs()
 
     def _pairs(self, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64], Array, Array]:
         """Pairs nearer than a share of the sum of their radii, both ways; shift and distance."""
@@ -299,6 +308,31 @@ class Guard:
         near = distance < share * (self._radii[first] + self._radii[second])
         return first[near], second[near], shift[near], distance[near]
 
+    def _all_pairs(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Array] | None:
+        """All pairs within molecules and how near they may come, if they are few enough."""
+        offsets = self.replicas.offsets
+        if self.replicas.cell is not None or (self._size**2).sum() > _MOST_PAIRS:
+            return None
+        parts = [np.stack(np.triu_indices(n, 1)) + first
+                 for n, first in zip(self._size, offsets, strict=False)]  # fmt: skip
+        first, second = np.concatenate(parts, 1)
+        nearest = self.limits.closest * (self._radii[first] + self._radii[second])
+        return first, second, nearest**2
+
+    def _clashes(self) -> tuple[NDArray[np.int64], NDArray[np.int64], Array]:
+        """Pairs of atoms that are too near, and their distances."""
+        if self._all is None:
+            first, second, _, distance = self._pairs(self.limits.closest)
+            return first, second, distance
+        first, second, nearest = self._all
+        x = self.replicas.positions
+        square = np.zeros(len(first))
+        for k in range(3):
+            column = np.ascontiguousarray(x[:, k])
+            square += np.square(column[second] - column[first])
+        near = square < nearest
+        return first[near], second[near], np.sqrt(square[near])
+
     def _vectors(self, first: NDArray[Any], second: NDArray[Any], shift: Array) -> Array:
         x = self.replicas.local
         images = 0.0 if self.replicas.cell is None else shift @ self.replicas.cell
@@ -313,9 +347,9 @@ class Guard:
         """Largest stretch in each replica, and the index of that bond (-1 if it has no bonds)."""
         stretch, n = self.stretch(), len(self.replicas)
         largest, which = np.zeros(n), np.full(n, -1)
-        for bond in np.argsort(stretch, kind="stable"):
-            system = self.replicas.system[self.first[bond]]
-            largest[system], which[system] = stretch[bond], bond
+        order = np.argsort(stretch, kind="stable")
+        system = self.replicas.system[self.first[order]]
+        largest[system], which[system] = stretch[order], order  # the last of each counts
         return largest, which
 
     def look(self) -> dict[int, str]:
@@ -324,7 +358,7 @@ class Guard:
         found: dict[int, str] = {}
         change = (replicas.energy() - self._energy) / self._size
         stretch, which = self.longest()
-        first, second, _, distance = self._pairs(limits.closest)
+        first, second, distance = self._clashes()
         close = np.unique(replicas.system[first])
         flown = replicas.has_flown_apart()
         for i in np.flatnonzero(replicas.moving).tolist():
