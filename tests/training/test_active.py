@@ -13,9 +13,10 @@ from ase.optimize import FIRE
 from openmm_mlffd import cli
 from openmm_mlffd.modelfile import load_student, read_header
 from openmm_mlffd.training.active.config import load_active
-from openmm_mlffd.training.active.curate import known_fingerprints, repeats_for
+from openmm_mlffd.training.active.curate import choose, known_fingerprints, repeats_for
+from openmm_mlffd.training.active.explore import Students, batches_of, explore
 from openmm_mlffd.training.active.loop import run_active
-from openmm_mlffd.training.active.starts import HeldOut, read_starts
+from openmm_mlffd.training.active.starts import HeldOut, Starts, read_starts
 from openmm_mlffd.training.config import (
     ConfigError,
     DataConfig,
@@ -23,6 +24,7 @@ from openmm_mlffd.training.config import (
     OptimizerConfig,
     TrainConfig,
 )
+from openmm_mlffd.training.datasets.survey import fingerprints
 from openmm_mlffd.training.hdf5 import Dataset, DatasetWriter, SplitRule, concatenate
 from openmm_mlffd.training.label import TeacherChoice, label
 from openmm_mlffd.training.novelty import fit_novelty
@@ -209,6 +211,43 @@ def test_committee_collects_where_its_members_disagree(world, write_config, tmp_
     assert result["explored"]["largest_score"] > 0.05
     assert len(result["begun_with"]) == len(result["trained"]) == 2
     assert (tmp_path / "loop/round-001/student-1.safetensors").exists()
+
+
+def test_boxes_are_explored_and_keep_their_box(world, write_config):
+    cell = 7.0 * np.eye(3)
+    _, numbers, positions = next(clusters(1, 0.02))
+    box = pack(
+        Frame(numbers, positions + 3.0, 0, "box", "boxes", cell, (True, True, True)), ["boxes"]
+    )
+    free = pack(Frame(numbers, positions, 0, "free", "boxes"), ["boxes"])
+    starts = Starts(concatenate([free, box]), ["free", "box"], {})
+    config = load_active(write_config(), ["explore.threshold=0.0"])
+    students = Students([world[2]], "cpu")
+    (first, second) = batches_of(starts.structures, [0, 1], 100)
+    assert (first, second) == ([0], [1])  # boxes are not run with others
+    rng = np.random.default_rng(0)
+    frames = explore(starts.structures, second, config.explore, students, rng, lambda _: None)
+    assert len(frames.time) > 2
+    choice = choose([frames], starts, config.curate, set())
+    assert choice.structures.pbc.all()
+    np.testing.assert_array_equal(choice.structures.cell[0], cell)
+    assert set(choice.groups) == {"box"}
+    # the same again is known, and is not labelled twice
+    assert choose([frames], starts, config.curate, set(fingerprints(choice.structures))) is None
+
+
+def test_labels_of_another_teacher_are_refused(world, write_config, tmp_path):
+    with (
+        Dataset(world[1]) as dataset,
+        DatasetWriter(
+            tmp_path / "other.h5", teacher="another", subsets=dataset.subsets, split=RULE
+        ) as writer,
+    ):
+        everything, names = dataset.read(0, len(dataset)), dataset.group_names()
+        writer.append(everything, [names[g] for g in everything.group])
+    config = load_active(write_config(), ["rounds=1", f"data=[{tmp_path / 'other.h5'}]"])
+    with pytest.raises(ConfigError, match="the data have labels of 'another', the new ones"):
+        run_active(config, echo=lambda _: None)
 
 
 def test_student_that_got_worse_is_not_accepted(write_config, tmp_path, world):

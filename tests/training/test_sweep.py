@@ -1,3 +1,4 @@
+import copy
 import json
 import sys
 from pathlib import Path
@@ -7,8 +8,12 @@ import torch
 
 from openmm_mlffd import cli
 from openmm_mlffd.training import plots
-from openmm_mlffd.training.config import ConfigError
+from openmm_mlffd.training.batches import make_batch
+from openmm_mlffd.training.config import ConfigError, TrainConfig
+from openmm_mlffd.training.loss import TERMS
+from openmm_mlffd.training.step import TrainingStep
 from openmm_mlffd.training.sweep import load_sweep, run_sweep
+from openmm_mlffd.training.targets import count_totals, training_batch
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 
@@ -171,3 +176,29 @@ def test_shapes_of_the_bundled_configurations_run_in_the_fused_kernels(name, pre
         np.testing.assert_allclose(found.forces, plain.forces.detach(), rtol=0, atol=1e-9)
         assert float(found.energy - plain.energy) == pytest.approx(0.0, abs=1e-9)
         assert plain.forces.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_channels": 64, "n_interactions": 2, "cutoff": 4.5},
+        {"n_channels": 192, "n_interactions": 4, "cutoff": 5.0},
+        {"n_channels": 256, "n_interactions": 3, "cutoff": 6.0},
+    ],
+    ids=str,
+)
+def test_training_graph_of_the_bundled_shapes_is_that_of_autograd(
+    make_student, make_structures, shape
+):
+    student = make_student(elements=["H", "C", "O"], references=[0.0] * 3, **shape).train()
+    batch = training_batch(make_batch(make_structures(4), student, torch.device("cpu")), student)
+    step = TrainingStep(student, copy.deepcopy(student), TrainConfig(data=None))
+    arguments = (list(batch), count_totals(batch, 0.3).double(), torch.ones(len(TERMS)).double())
+    terms, gradient = step.loss_gradient(step.weights, *arguments)
+    traced = step.loss_gradient.traced(step.weights, *arguments)
+    with torch.no_grad():
+        same, written_out = traced([w.detach() for w in step.weights], *arguments)
+    torch.testing.assert_close(same, terms, rtol=1e-10, atol=0)
+    scale = max(float(g.abs().max()) for g in gradient)
+    for a, b in zip(gradient, written_out, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10 * scale)

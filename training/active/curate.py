@@ -63,6 +63,7 @@ def choose(
     offsets = {id(frames): _offsets(frames, starts) for frames in batches}
     taken: dict[int, list[NDArray[np.float64]]] = {}
     dropped: Counter[str] = Counter()
+    per_start: Counter[int] = Counter()
     parts: list[Structures] = []
     groups: list[str] = []
     scores: list[float] = []
@@ -71,7 +72,7 @@ def choose(
         start = int(frames.start[k])
         first = offsets[id(frames)][k]
         x = frames.positions[first : offsets[id(frames)][k + 1]]
-        if len(parts) >= config.max_frames or (len(taken.get(start, [])) >= config.max_per_start):
+        if len(parts) >= config.max_frames or per_start[start] >= config.max_per_start:
             dropped["more than were wanted"] += 1
             continue
         shape = _distances(x)
@@ -80,12 +81,13 @@ def choose(
             dropped["like another frame"] += 1
             continue
         structure = _structure(starts, start, x, float(frames.temperature[k]))
+        taken.setdefault(start, []).append(shape)
         key = fingerprints(structure)[0]
         if key in seen:
             dropped["labelled before"] += 1
             continue
         seen.add(key)
-        taken.setdefault(start, []).append(shape)
+        per_start[start] += 1
         parts.append(structure)
         groups.append(starts.groups[start])
         scores.append(float(frames.score[k]))

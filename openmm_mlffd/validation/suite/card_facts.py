@@ -78,17 +78,26 @@ def _worse(content: Mapping[str, Any]) -> Iterator[str]:
     few = [f"{n} ({row['atoms']})" for n, row in forces["elements"].items()
            if row["atoms"] < FEW_ATOMS]  # fmt: skip
     if few:
-        yield f"Few atoms among the labelled structures, so that errors are uncertain: {_and(few)}."
-
-
-def _and(names: list[str]) -> str:
-    return ", ".join(names)
+        text = ", ".join(few)
+        yield f"Few atoms among the labelled structures, so that errors are uncertain: {text}."
 
 
 def _unstable(content: Mapping[str, Any]) -> Iterator[str]:
     for name, run in stability_rows(content):
         if run["failure"] or run["broken"]:
             yield f"{name}: {result(run)}."
+    short = [
+        (run["picoseconds"], run["planned_picoseconds"])
+        for _, run in stability_rows(content)
+        if not (run["failure"] or run["broken"])
+        and run["picoseconds"] < 0.999 * run["planned_picoseconds"]
+    ]
+    if short:
+        length, planned = min(short)
+        yield (
+            f"{len(short)} stability runs were ended before their time, the shortest after "
+            f"{number(length)} of {number(planned)} ps."
+        )
 
 
 def _untested(content: Mapping[str, Any]) -> Iterator[str]:

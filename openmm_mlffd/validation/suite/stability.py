@@ -139,7 +139,10 @@ def measure_molecules(job: Job) -> dict[str, Any]:
     for k, runs in enumerate(molecule_runs(job)):
         piece = molecules_piece(job, k, runs)
         for name, numbers in piece.numbers["runs"].items():
-            found[name] = numbers | {"folder": piece.folder.name}
+            found[name] = numbers | {
+                "planned_picoseconds": job.plan.stability.picoseconds,
+                "folder": piece.folder.name,
+            }
     return found
 
 
@@ -448,6 +451,7 @@ def box_numbers(
         "atoms": len(system.numbers),
         "kelvin": run.temperature,
         "picoseconds": float(trajectory.time[-1]) if n else 0.0,
+        "planned_picoseconds": run.picoseconds,
         "temperature": float(temperature(late, trajectory.n_dof).mean()) if n else None,
         "longest_bond": float(stretch.max()) if n else None,
         "volume_ratio": float(volume[-1] / start) if n else None,

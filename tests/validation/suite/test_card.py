@@ -22,6 +22,7 @@ def row(mae, low=None, **changes):
 
 def run(**changes):
     return {"system": "caffeine", "atoms": 24, "kelvin": 500.0, "picoseconds": 100.0,
+            "planned_picoseconds": 100.0,
             "temperature": 499.0, "longest_bond": 1.2, "failure": "", "broken": None,
             **changes}  # fmt: skip
 
@@ -96,6 +97,11 @@ def test_weaknesses_are_those_of_the_numbers(content):
         "water, NPT 300 K: EXPLODED after 3 ps: NaN.",
         "Not measured, or not to the end: teacher.",
     ]
+    content["sections"]["stability"]["molecules"]["caffeine, 500 K"]["picoseconds"] = 40.0
+    assert (
+        "1 stability runs were ended before their time, the shortest after 40.0 of 100 ps."
+        in weaknesses(content)
+    )
     sound = copy.deepcopy(content)
     sound["checks"], sound["status"], sound["sections"] = [], {"nve": "finished"}, {}
     assert weaknesses(sound) == ["None that the checks above would show."]
