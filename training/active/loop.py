@@ -40,7 +40,7 @@ from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset
 from openmm_mlffd.training.header import rounded
 from openmm_mlffd.training.label import Limits, TeacherChoice, label
-from openmm_mlffd.training.novelty import fit_novelty
+from openmm_mlffd.training.novelty import NEVER, fit_novelty
 from openmm_mlffd.training.parallel import Workers
 from openmm_mlffd.training.shards import Kind, locked
 from openmm_mlffd.training.sources import open_source
@@ -277,7 +277,7 @@ class _Round:
             "dropped": {} if choice is None else choice.dropped,
         }
         if choice is not None:
-            summary["largest_score"] = max(choice.scores)
+            summary["largest_score"] = min(max(choice.scores), NEVER)  # JSON has no infinity
             curate.write_candidates(
                 self.folder / "candidates.h5", choice, loop.held_out.rule,
                 f"mlffd active {self.config.name}, round {self.number}",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from openmm_mlffd.elements import SYMBOLS
 from openmm_mlffd.training.config import ConfigError
 from openmm_mlffd.training.datasets.combine import rule_of
+from openmm_mlffd.training.datasets.survey import blocks_of
 from openmm_mlffd.training.hdf5 import SPLITS, Dataset, SplitRule, Structures, concatenate, take
 from openmm_mlffd.training.sources import open_source
 
@@ -48,13 +49,13 @@ class HeldOut:
                 rules.add(rule_of(dataset))
                 teachers.add(dataset.teacher)
                 groups = dataset.group_names()
-                train = SPLITS.index("train")
-                for i in np.flatnonzero(dataset.split != train).tolist():
-                    one = dataset.read(i, i + 1)
-                    name = groups[int(one.group[0])]
-                    if name not in names:
-                        names |= {name, canonical(name)}
-                        compositions.add(composition(one.atomic_numbers))
+                for _, block in blocks_of(dataset):
+                    for i in np.flatnonzero(block.split != SPLITS.index("train")).tolist():
+                        name = groups[int(block.group[i])]
+                        if name not in names:
+                            names |= {name, canonical(name)}
+                            atoms = slice(int(block.offsets[i]), int(block.offsets[i + 1]))
+                            compositions.add(composition(block.atomic_numbers[atoms]))
         if len(rules) > 1 or len(teachers) > 1:
             raise ConfigError("data: the files must have one teacher and one split; merge them")
         return cls(rules.pop(), teachers.pop(), frozenset(names), frozenset(compositions))
