@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import openmm_mlffd
-from openmm_mlffd import cli_data
+from openmm_mlffd import cli_data, cli_learn
 
 app = typer.Typer(
     name="mlffd",
@@ -20,6 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # it takes units, such as [ps], for styles and leaves them out
 )
 app.add_typer(cli_data.app)
+app.add_typer(cli_learn.app)
 
 
 @app.callback(invoke_without_command=True)
@@ -341,7 +342,7 @@ def validate(
     ] = None,
     sections: Annotated[
         str | None,
-        typer.Option(help="Only these, by commas: forces,nve,ensembles,teacher,robustness,speed."),
+        typer.Option(help="Only these, by commas: forces,nve,ensembles,stability,teacher …"),
     ] = None,
     pieces: Annotated[
         Path | None, typer.Option(help="Folder of finished pieces; OUTPUT/pieces by default.")
@@ -385,6 +386,64 @@ def validate(
         run_minutes=run_minutes,
         measure_only=measure_only,
         only=only or [],
+        echo=typer.echo,
+    )
+    if not (finished and passed):
+        raise typer.Exit(1 if finished else 3)
+
+
+@app.command()
+def stability(
+    model: Annotated[str, typer.Argument(help="Bundled name or path of a student.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for stability.json.")],
+    picoseconds: Annotated[
+        float, typer.Option(help="Length of the molecules' runs [ps]; 0 for none.")
+    ] = 100.0,
+    box_picoseconds: Annotated[
+        float, typer.Option(help="Length of the boxes' runs [ps]; 0 for none.")
+    ] = 50.0,
+    temperature: Annotated[
+        list[float] | None, typer.Option(help="[K], repeatable; 300 and 500 by default.")
+    ] = None,
+    structure: Annotated[
+        list[Path] | None,
+        typer.Option(help="PDB or SDF file instead of those of the suite, repeatable."),
+    ] = None,
+    timestep: Annotated[float, typer.Option(help="Time step [fs].")] = 0.5,
+    teacher: Annotated[
+        str | None, typer.Option(help="As for `mlffd label`; asked about bonds that broke.")
+    ] = None,
+    teacher_python: Annotated[
+        str | None, typer.Option(help="Python that has the teacher; this one by default.")
+    ] = None,
+    teacher_option: Annotated[
+        list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
+    ] = None,
+    pieces: Annotated[
+        Path | None, typer.Option(help="Folder of finished pieces; OUTPUT/pieces by default.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …")] = None,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Stop after so long; the same command goes on.")
+    ] = None,
+) -> None:
+    """Do unseen molecules and boxes stay whole? Exit code 0: yes, 1: no, 3: not finished."""
+    from openmm_mlffd.validation.suite.command import run_stability_command
+
+    finished, passed = run_stability_command(
+        model,
+        output,
+        picoseconds=picoseconds,
+        box_picoseconds=box_picoseconds,
+        temperatures=temperature or [300.0, 500.0],
+        structures=structure or [],
+        timestep=timestep,
+        teacher=teacher,
+        teacher_python=teacher_python,
+        teacher_options=teacher_option or [],
+        pieces=pieces,
+        device=device,
+        max_minutes=max_minutes,
         echo=typer.echo,
     )
     if not (finished and passed):

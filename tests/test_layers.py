@@ -64,6 +64,12 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts kernels training sources datasets",
         "numpy torch h5py ase rdkit matplotlib jinja2",
     ),
+    # the student explores, a teacher labels, the student is trained: all of the above
+    "active": (
+        "training.active training.active.*",
+        "facts files adapter process training sources datasets active",
+        "numpy tqdm",
+    ),
     "training": (
         "training training.*",
         "facts physics files adapter process training sources teachers",
@@ -93,9 +99,9 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "",
     ),  # only lazily: tests/test_import.py
     "cli": (
-        "cli cli_data",
+        "cli cli_data cli_learn",
         "cli package process facts files adapter openmm torchscript training sources generation "
-        "datasets validation suite bench",
+        "datasets active validation suite bench",
         "typer",
     ),
 }
@@ -132,7 +138,7 @@ ONLY_IN = {
     "optuna": "training.tune",
     "wandb": "training.boards",
     "physical_validation": "validation.suite.ensembles",
-    "typer": "cli cli_data",
+    "typer": "cli cli_data cli_learn",
 }
 
 
@@ -211,10 +217,13 @@ def forbidden(imports):
                 yield f"{module} imports {top}, which only {ONLY_IN[top]} may"
         elif group == "factory" or (group == "facts" and target != "typing"):
             yield f"{module} imports {target}, but should import nothing"
-        early = own(target) and target not in ("openmm_mlffd", "openmm_mlffd.cli_data")
+        early = own(target) and target not in ("openmm_mlffd", *COMMANDS)
         if group in ("cli", "factory") and at_import and early:
             yield f"{module} imports {target} before it is needed"
 
+
+# parts of the command line, which import what they need inside their functions
+COMMANDS = ("openmm_mlffd.cli_data", "openmm_mlffd.cli_learn")
 
 # what is neither the standard library's nor ours
 EXTERNAL = {

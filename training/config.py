@@ -220,6 +220,9 @@ class TrainConfig:
     """Fit the schedules to this time, after which the run is finished; `epochs` is then the
     largest number of passes. The number of steps depends on the machine's speed."""
 
+    fit_steps: int | None = None
+    """Fit the schedules to so many steps, after which the run is finished, whatever `epochs` is."""
+
     max_minutes: float | None = None
     """Stop after this time, with a checkpoint; running the same command again goes on."""
 
@@ -254,11 +257,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
         If the file cannot be read, or a setting is unknown (with a suggestion), missing or of
         the wrong type.
     """
+    return load_as(TrainConfig, path, overrides)
+
+
+def load_as(kind: type[Kind], path: str | Path, overrides: Sequence[str] = ()) -> Kind:
+    """Read a YAML file with overrides as a dataclass; errors as of `load_config`."""
     settings = read_settings(path, overrides)
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    check_keys(given, TrainConfig, "command line")
-    check_keys(settings, TrainConfig, str(path))
-    return typed(TrainConfig, settings, str(path))
+    check_keys(given, kind, "command line")
+    check_keys(settings, kind, str(path))
+    return typed(kind, settings, str(path))
 
 
 def read_settings(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:

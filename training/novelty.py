@@ -31,6 +31,9 @@ ENOUGH = 2000
 LARGE_ERRORS = (0.5, 1.0)
 """Force errors [eV/Å] that novelty should tell from smaller ones."""
 
+NEVER = 1e9
+"""A novelty that no atom reaches."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -56,6 +59,7 @@ def fit_novelty(
     max_structures: int | None = 6000,
     device: torch.device | None = None,
     batch_atoms: int = 2000,
+    strict: bool = True,
 ) -> NoveltyFit:
     """Fit to the training split, calibrate on the validation split, judge on the test split.
 
@@ -74,13 +78,16 @@ def fit_novelty(
         Torch device; None for the CPU.
     batch_atoms
         Atoms evaluated at a time.
+    strict
+        Refuse a student whose errors do not grow with novelty. Otherwise its bound is the same
+        for all atoms, it never stops a run, and only the threshold to warn means something.
 
     Raises
     ------
     ModelFileError, DatasetError
         If a file cannot be used.
     ValueError
-        If a split is empty.
+        If a split is empty, or errors do not grow with novelty.
     """
     where = device or torch.device("cpu")
     potential = load_student(model, device=where)
@@ -110,7 +117,7 @@ def fit_novelty(
     )
     novelty = Novelty(header, mean.float().double(), whitening.float().double())
     scores, errors = _scores_and_errors(potential, novelty, batches("val", None))
-    header = _calibrated(header, scores, errors)
+    header = _calibrated(header, scores, errors, strict=strict)
     novelty = replace(novelty, header=header)
     scores, errors = _scores_and_errors(potential, novelty, batches("test", None))
     header = replace(header, figures=figures_of_merit(novelty, scores, errors))
@@ -209,23 +216,31 @@ def _scores_and_errors(
 
 
 def _calibrated(
-    header: NoveltyHeader, scores: NDArray[np.float64], errors: NDArray[np.float64]
+    header: NoveltyHeader,
+    scores: NDArray[np.float64],
+    errors: NDArray[np.float64],
+    *,
+    strict: bool = True,
 ) -> NoveltyHeader:
     """Thresholds, and the bound: the slope of the logarithms, then a conformal quantile."""
     tiny = 1e-9
     x, y = np.log(scores + tiny), np.log(errors + tiny)
     exponent = float(np.polyfit(x, y, 1)[0])
     if exponent <= 0.0:
-        raise ValueError(
+        reason = (
             "force errors do not grow with novelty: this student is no better on its training "
             f"data than elsewhere (exponent {exponent:.2f})"
         )
+        if strict:
+            raise ValueError(reason)
+        _log.warning("%s; the bound is the same for all atoms", reason)
+        exponent = 0.0
     level = min(1.0, np.ceil((len(scores) + 1) * COVERAGE) / len(scores))
     factor = float(np.quantile(errors / (scores + tiny) ** exponent, level))
     return replace(
         header,
         warn=float(np.quantile(scores, 0.999)),
-        stop=(STOP_ERROR / factor) ** (1.0 / exponent),
+        stop=(STOP_ERROR / factor) ** (1.0 / exponent) if exponent else NEVER,
         error_factor=factor,
         error_exponent=exponent,
     )

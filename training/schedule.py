@@ -105,10 +105,12 @@ def check_config(config: TrainConfig) -> None:
     _one_of("model.filters", model.filters, FILTERS)
     _one_of("optimizer.average", optimizer.average, ("ema", "swa"))
     _one_of("loss.forces_loss", loss.forces_loss, ("huber", "conditional", "l2"))
-    for name in ("fit_minutes", "batch_edges"):
+    for name in ("fit_minutes", "fit_steps", "batch_edges"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be positive, got {value}")
+    if config.fit_minutes is not None and config.fit_steps is not None:
+        raise ConfigError("fit_minutes and fit_steps exclude one another")
     if not 0 <= optimizer.swa_start < 1:
         raise ConfigError(f"optimizer.swa_start is a share of the run, got {optimizer.swa_start}")
     if model.tail_cutoff is not None and not (model.charges and model.tail_cutoff >= model.cutoff):

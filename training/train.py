@@ -4,7 +4,7 @@ import copy
 import logging
 import math
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +46,9 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.pt"
 STUDENT = "student.safetensors"
 _MAX_BAD_STEPS = 20
+
+
+Watch = Callable[["Progress", dict[str, dict[str, float]]], bool]
 
 
 class TrainingError(RuntimeError):
@@ -99,6 +102,8 @@ class Trainer:
     config
         Everything that decides the result. A run that was stopped goes on from its checkpoint
         if the folder has one of the same configuration.
+    watch
+        Told the progress and errors by subset after each validation; may stop the run.
 
     Raises
     ------
@@ -106,8 +111,9 @@ class Trainer:
         If the folder's checkpoint cannot be read or was made with other settings.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, *, watch: Watch | None = None) -> None:
         check_config(config)
+        self._watch = watch
         self.config = config
         self.processes = Processes.from_environment()
         self.device = pick_device(config.device, self.processes.local_rank)
@@ -194,14 +200,18 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or the time that the run was fitted to has passed."""
-        fit = self.config.fit_minutes
-        is_late = fit is not None and self.progress.seconds >= 60 * fit
-        return self.progress.epoch >= self.config.epochs or is_late
+        """Whether all epochs are done, or the time or steps that the run was fitted to."""
+        fit, steps = self.config.fit_minutes, self.config.fit_steps
+        if steps is not None:
+            return self.progress.step >= steps
+        late = fit is not None and self.progress.seconds >= 60 * fit
+        return late or self.progress.epoch >= self.config.epochs
 
     @property
     def n_steps(self) -> int:
         """Steps of the whole run; packing depends a little on the order, schedules do not."""
+        if self.config.fit_steps is not None:
+            return self.config.fit_steps
         if self._fitted_steps is not None:
             return self._fitted_steps
         per_epoch = max(1, round(self.source.n_atoms.sum() / self.config.batch_atoms))
@@ -247,7 +257,7 @@ class Trainer:
 
     @property
     def padding(self) -> float:
-        """Share of the places for edges that are padding, in the batches of the present epoch."""
+        """Share of the places for edges that are padding, in the present epoch."""
         return 0.0 if self._resident is None else self._resident.step.padding
 
     @property
@@ -385,6 +395,8 @@ class Trainer:
             if r["force_mae"] < self.progress.best:
                 self.progress.best = r["force_mae"]
                 self._save_student({"split": "val", "by_subset": rounded(table)})
+            if self._watch is not None and self._watch(p, table):
+                self._stop = True
         self.progress.best = self.processes.of_first(self.progress.best)
 
     def _validation_batches(self) -> Iterator[Batch]:

@@ -1,7 +1,7 @@
 import ase.data
 import pytest
 
-from openmm_mlffd.elements import COVALENT_RADII, SYMBOLS, atomic_number, symbol
+from openmm_mlffd.elements import COVALENT_RADII, MASSES, SYMBOLS, atomic_number, symbol
 
 
 def test_symbols_are_those_of_ase():
@@ -27,3 +27,8 @@ def test_unknown_symbol_is_refused(name):
 @pytest.mark.parametrize("number", [-1, 0, 119, 1000])
 def test_number_of_no_element_is_shown_as_it_is(number):
     assert symbol(number) == f"Z={number}"
+
+
+def test_masses_are_those_of_ase():
+    assert MASSES[1:] == pytest.approx(ase.data.atomic_masses[1 : len(MASSES)], abs=1e-3)
+    assert len(MASSES) == len(COVALENT_RADII)

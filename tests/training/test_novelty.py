@@ -101,3 +101,16 @@ def test_the_area_is_the_chance_that_a_large_error_has_the_larger_novelty():
     assert fitting.auroc(scores, positive) == pytest.approx(expected, abs=1e-12)
     assert np.isnan(fitting.auroc(scores, np.zeros(60, bool)))
     assert fitting.ranks(np.array([3.0, 1.0, 3.0])).tolist() == [1.5, 0.0, 1.5]
+
+
+def test_errors_that_do_not_grow_with_novelty_are_refused_or_give_one_bound(fit):
+    rng = np.random.default_rng(0)
+    scores = rng.uniform(0.5, 1.5, 500)
+    errors = 0.1 / scores
+    with pytest.raises(ValueError, match="errors do not grow with novelty"):
+        fitting._calibrated(fit.novelty.header, scores, errors)
+    header = fitting._calibrated(fit.novelty.header, scores, errors, strict=False)
+    assert header.error_factor == pytest.approx(np.quantile(errors, COVERAGE), rel=0.01)
+    assert header.warn == pytest.approx(1.5, abs=0.01)
+    assert header.error_exponent == 0.0
+    assert header.stop == fitting.NEVER

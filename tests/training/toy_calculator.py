@@ -47,3 +47,27 @@ class Toy(Calculator):
 
 def wrong():
     raise RuntimeError("weights are missing")
+
+
+class Morse(Calculator):
+    """Morse bonds between all atoms; notes each structure in the file TOY_LOG, if that is set."""
+
+    implemented_properties = ["energy", "forces", "stress"]  # noqa: RUF012
+
+    def calculate(self, atoms=None, properties=None, system_changes=all_changes):
+        super().calculate(atoms, properties, system_changes)
+        if "TOY_LOG" in os.environ:
+            with open(os.environ["TOY_LOG"], "a") as file:
+                file.write(f"{atoms.positions.sum():.9f}\n")
+        z, x = atoms.numbers, atoms.positions
+        depth = 2.0 * np.sqrt(np.log(z[:, None] + 1) * np.log(z + 1))
+        rest = 0.5 * (z[:, None] ** (1 / 3) + z ** (1 / 3))
+        vectors = x[:, None] - x
+        r = np.linalg.norm(vectors, axis=-1) + np.eye(len(z))
+        e = np.exp(-1.5 * (r - rest)) * (1 - np.eye(len(z)))
+        slope = depth * -3.0 * (e**2 - e)
+        self.results = {
+            "energy": 0.5 * (depth * (e**2 - 2 * e)).sum(),
+            "forces": -((slope / r)[:, :, None] * vectors).sum(1),
+            "stress": np.zeros(6),
+        }

@@ -21,6 +21,7 @@ from openmm_mlffd.validation.suite.nve_section import run_nve_section
 from openmm_mlffd.validation.suite.plan import SECTIONS
 from openmm_mlffd.validation.suite.robustness_section import run_robustness
 from openmm_mlffd.validation.suite.speed import hardware, run_speed
+from openmm_mlffd.validation.suite.stability_section import run_stability
 from openmm_mlffd.validation.suite.store import OutOfTime, write_json
 from openmm_mlffd.validation.suite.teacher_section import run_teacher
 
@@ -31,6 +32,7 @@ RUNNERS: dict[str, Callable[[Job], SectionResult]] = {
     "forces": run_forces,
     "nve": run_nve_section,
     "ensembles": run_ensembles,
+    "stability": run_stability,
     "teacher": run_teacher,
     "robustness": run_robustness,
     "speed": run_speed,

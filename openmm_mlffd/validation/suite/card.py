@@ -1,12 +1,20 @@
 """The model card: what a student is, and what was measured of it."""
 
+import json
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from openmm_mlffd.validation.report import number
-from openmm_mlffd.validation.suite.summary import headlines
+from openmm_mlffd.validation.suite.card_facts import (
+    domain,
+    drift_rows,
+    speed_table,
+    stability_rows,
+    weaknesses,
+)
+from openmm_mlffd.validation.suite.summary import headlines, read_validation
 
 try:
     import jinja2
@@ -45,7 +53,42 @@ def write_card(content: Mapping[str, Any], path: str | Path) -> Path:
         headlines=headlines(content),
         failed=[check for check in content["checks"] if not check["passed"]],
         forces=content["sections"].get("forces"),
+        domain=domain(content),
+        weaknesses=weaknesses(content),
+        stability=stability_rows(content),
+        drift=drift_rows(content),
+        speed=speed_table(content),
     )
     path = Path(path)
     path.write_text(text.rstrip() + "\n", encoding="utf-8")
     return path
+
+
+def run_card_command(validation: Path, output: Path | None, stability: Path | None) -> Path:
+    """`mlffd card`: a model card from stored results, without measuring anything.
+
+    Parameters
+    ----------
+    validation
+        Folder of `mlffd validate`, or its `validation.json`.
+    output
+        File to write; None for `model_card.md` beside the numbers.
+    stability
+        `stability.json` of `mlffd stability`, whose runs take the place of the validation's.
+
+    Raises
+    ------
+    ValueError
+        If a file is not there or another one, or the runs are of another student.
+    """
+    content = read_validation(validation)
+    if stability is not None:
+        found = json.loads(stability.read_text("utf-8"))
+        if found.get("student", {}).get("sha256") != content["student"]["sha256"]:
+            raise ValueError(f"{stability}: is of another student than {validation}")
+        content["sections"]["stability"] = found
+        content["status"]["stability"] = "finished"
+        content["checks"] = [c for c in content["checks"] if c["section"] != "stability"]
+        content["checks"] += [{**c, "section": "stability"} for c in found["checks"]]
+    folder = validation if validation.is_dir() else validation.parent
+    return write_card(content, output or folder / "model_card.md")

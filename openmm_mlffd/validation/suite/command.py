@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from openmm_mlffd.training.teachers import parse_options
@@ -11,9 +12,13 @@ from openmm_mlffd.validation.report import number
 from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.measure import run_measurements
 from openmm_mlffd.validation.suite.models import StudentModel, TeacherModel
-from openmm_mlffd.validation.suite.plan import make_plan
+from openmm_mlffd.validation.suite.plan import StabilityPlan, make_plan
 from openmm_mlffd.validation.suite.speed import hardware
-from openmm_mlffd.validation.suite.store import Clock, Store
+from openmm_mlffd.validation.suite.stability import measure_stability
+from openmm_mlffd.validation.suite.stability_section import result as stability_result
+from openmm_mlffd.validation.suite.stability_section import stability_checks
+from openmm_mlffd.validation.suite.store import Clock, OutOfTime, Store, write_json
+from openmm_mlffd.validation.suite.systems import load_system
 
 
 def run_validate_command(
@@ -77,6 +82,88 @@ def run_validate_command(
             finished = not any(s.startswith("unfinished") for s in status)
             return finished, not any(s.startswith("failed") for s in status)
         return _report(job, sections, echo)
+
+
+def run_stability_command(
+    model: str,
+    output: Path,
+    *,
+    picoseconds: float,
+    box_picoseconds: float,
+    temperatures: Sequence[float],
+    structures: Sequence[Path],
+    timestep: float,
+    teacher: str | None,
+    teacher_python: str | None,
+    teacher_options: Sequence[str],
+    pieces: Path | None,
+    device: str | None,
+    max_minutes: float | None,
+    echo: Callable[[str], object],
+) -> tuple[bool, bool]:
+    """`mlffd stability`: see `mlffd stability --help` for the arguments.
+
+    Returns
+    -------
+    finished, passed : bool
+        Whether everything was measured, and whether all of it passed.
+    """
+    plan = replace(
+        make_plan("full"),
+        run_minutes=math.inf,
+        stability=_stability_plan(
+            picoseconds, box_picoseconds, tuple(temperatures), structures, timestep
+        ),
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    with _teacher(teacher, teacher_options, teacher_python) as reference:
+        store = Store(
+            pieces or output / "pieces", clock=Clock(max_minutes), tell=echo,
+            machine=hardware(device),
+        )  # fmt: skip
+        job = Job(
+            model=StudentModel(model, device), plan=plan, store=store, output=output,
+            teacher=reference, progress=_progress(echo),
+        )  # fmt: skip
+        try:
+            numbers = measure_stability(job)
+        except OutOfTime as error:
+            echo(str(error))
+            return False, True
+    checks = stability_checks(numbers)
+    content = {
+        "student": {"name": job.model.name, "sha256": job.model.identity},
+        "teacher": None if reference is None else reference.identity,
+        "hardware": "; ".join(sorted(store.machines)),
+        "checks": [{**asdict(c), "passed": c.passed} for c in checks],
+        **numbers,
+    }
+    write_json(output / "stability.json", content)
+    for name, run in (numbers["molecules"] | numbers["boxes"]).items():
+        echo(f"{name:45s} {run['picoseconds']:8.3g} ps  {stability_result(run)}")
+    for check in checks:
+        verdict = "passed" if check.passed else "FAILED"
+        echo(f"{verdict}  {check.name}: {number(check.value)} {check.unit}")
+    return True, all(check.passed for check in checks)
+
+
+def _stability_plan(
+    picoseconds: float,
+    box_picoseconds: float,
+    temperatures: tuple[float, ...],
+    structures: Sequence[Path],
+    timestep: float,
+) -> StabilityPlan:
+    molecules, boxes = None, None
+    if structures:
+        named = {str(path): load_system(str(path)) for path in structures}
+        molecules = tuple(name for name, system in named.items() if system.cell is None)
+        boxes = tuple(name for name, system in named.items() if system.cell is not None)
+    return StabilityPlan(
+        picoseconds=picoseconds, box_picoseconds=box_picoseconds, temperatures=temperatures,
+        molecules=molecules if picoseconds else (), boxes=boxes if box_picoseconds else (),
+        timestep=timestep,
+    )  # fmt: skip
 
 
 def _report(

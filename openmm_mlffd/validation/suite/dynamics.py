@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ SEGMENTS = 800
 
 SEGMENT_STEPS = 250
 """Steps of a segment at least, so that the barostat has its turns."""
+
+Stop = Callable[[Sequence[dict[str, NDArray[Any]]]], str]
+"""Given segments of a run, says why it should end; empty if it should not."""
 
 Progress = Callable[[str, float, float], None]
 """Told what runs, how many picoseconds are done, and how many there are to do."""
@@ -83,6 +86,8 @@ def run_langevin(
     clock: Clock,
     minutes: float = math.inf,
     progress: Progress = silent,
+    stop: Stop | None = None,
+    segments: int = SEGMENTS,
 ) -> Trajectory:
     """Minimise, then run at constant temperature, and pressure if the plan has one.
 
@@ -102,11 +107,15 @@ def run_langevin(
         Wall time after which the run ends as it is, however short; it counts over all commands.
     progress
         Told how far it is.
+    stop
+        Is given the last segments after each, and says why the run should fail, if it should.
+    segments
+        The run is cut into so many at most.
 
     Returns
     -------
     Trajectory
-        With a `failure` if the run exploded.
+        With a `failure` if the run exploded, or was stopped.
 
     Raises
     ------
@@ -128,11 +137,14 @@ def run_langevin(
     parts = _read_segments(folder, "segment")
     done = sum(len(p["time"]) for p in parts)
     spent = sum(float(p["seconds"]) for p in parts)
-    segment = max(math.ceil(n_frames / SEGMENTS), math.ceil(SEGMENT_STEPS / every))
+    segment = max(math.ceil(n_frames / segments), math.ceil(SEGMENT_STEPS / every))
     while done < n_frames and spent < 60 * minutes and not (parts and str(parts[-1]["failure"])):
         length = min(n_frames - done, segment)
         clock.check(length * spent / done if done else 0.0)
         part = _segment(openmm_system, system, run, parts, every, length)
+        if stop is not None and not str(part["failure"]) and (why := stop([*parts[-1:], part])):
+            ends = f"after {(done + length) * run.frame:g} ps: {why}"
+            part["failure"] = np.array(ends)
         write_arrays(folder / f"segment-{len(parts):04d}.npz", **part)
         parts.append(part)
         done += len(part["time"])

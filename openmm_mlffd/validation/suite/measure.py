@@ -17,6 +17,12 @@ from openmm_mlffd.validation.suite.robustness import (
 )
 from openmm_mlffd.validation.suite.runs import run_and_keep
 from openmm_mlffd.validation.suite.speed import measure_speed
+from openmm_mlffd.validation.suite.stability import (
+    box_runs,
+    measure_box,
+    molecule_runs,
+    molecules_piece,
+)
 from openmm_mlffd.validation.suite.store import OutOfTime
 from openmm_mlffd.validation.suite.teacher_runs import (
     compare_dimers,
@@ -106,6 +112,7 @@ def list_tasks(job: Job, sections: Sequence[str] | None = None) -> dict[str, Tas
         "forces": _forces,
         "nve": _nve,
         "ensembles": _ensembles,
+        "stability": _stability,
         "teacher": _teacher,
         "robustness": _robustness,
         "speed": lambda job: {"speed": partial(measure_speed, job)},
@@ -137,6 +144,15 @@ def _ensembles(job: Job) -> dict[str, Task]:
         f"student {run.name}": partial(run_and_keep, job, job.model, run, "student")
         for run in job.plan.ensembles
     }
+
+
+def _stability(job: Job) -> dict[str, Task]:
+    molecules: dict[str, Task] = {
+        f"stability of {len(runs)} molecules, part {k + 1}": partial(molecules_piece, job, k, runs)
+        for k, runs in enumerate(molecule_runs(job))
+    }
+    boxes = {f"stability {run.name}": partial(measure_box, job, run) for run in box_runs(job)}
+    return molecules | boxes
 
 
 def _robustness(job: Job) -> dict[str, Task]:

@@ -118,6 +118,11 @@ class StudentModel(PotentialModel):
         self.header = single.header
         super().__init__(single, self.header.name, self.header.sha256)
 
+    @property
+    def device(self) -> str:
+        """Name of its torch device."""
+        return str(self._device)
+
     def of_precision(self, precision: str) -> Potential:
         """The student, loaded once for each precision."""
         if precision not in self._potentials:

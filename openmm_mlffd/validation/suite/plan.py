@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
-SECTIONS = ("forces", "nve", "ensembles", "teacher", "robustness", "speed")
+SECTIONS = ("forces", "nve", "ensembles", "stability", "teacher", "robustness", "speed")
 """Names of the sections, in the order of the report."""
 
 WATER, PEPTIDE, DRUG = "water box", "alanine dipeptide", "oseltamivir"
@@ -96,6 +96,35 @@ class EnsembleRun:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StabilityPlan:
+    """Long runs of molecules and boxes that no training saw."""
+
+    picoseconds: float
+    """Length of the molecules' runs [ps]."""
+
+    box_picoseconds: float
+    """Length of the boxes' runs [ps]."""
+
+    molecules: tuple[str, ...] | None = None
+    """Names or files; None for all that come with the suite."""
+
+    temperatures: tuple[float, ...] = (300.0, 500.0)
+    """Each molecule runs at each of these [K]."""
+
+    boxes: tuple[str, ...] | None = None
+    """Names or files; None for all that come with the suite."""
+
+    more_boxes: tuple[str, ...] = (WATER, PEPTIDE_IN_WATER)
+    """Those of other sections that are run here, too, if `boxes` is None."""
+
+    box_temperature: float = 300.0
+    """[K]."""
+
+    timestep: float = 0.5
+    """[fs]."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherPlan:
     """Comparison with a teacher."""
 
@@ -145,6 +174,7 @@ class Plan:
     ensembles: tuple[EnsembleRun, ...]
     teacher: TeacherPlan
     robustness: RobustnessPlan
+    stability: StabilityPlan
     smoothness: tuple[str, ...] = field(default=("N-methylacetamide",))
     """Molecules at which forces are compared with differences of energies."""
 
@@ -192,6 +222,12 @@ def _tiny() -> Plan:
         robustness=RobustnessPlan(
             distorted=60, minimizations=3, hot_picoseconds=0.02, hot_molecules=("methanol",)
         ),
+        stability=StabilityPlan(
+            picoseconds=0.05,
+            box_picoseconds=0.0,
+            molecules=("methanol",),
+            boxes=(),
+        ),
         smoothness=("methanol",),
         speed_steps=5,
     )
@@ -224,6 +260,10 @@ def _smoke() -> Plan:
         robustness=RobustnessPlan(
             distorted=600, minimizations=12, hot_picoseconds=0.2,
             hot_molecules=("methanol", "chloromethane", "dimethyl sulfoxide"),
+        ),
+        stability=StabilityPlan(
+            picoseconds=0.3, box_picoseconds=0.0, temperatures=(500.0,), boxes=(),
+            molecules=("caffeine", "dimethyl fosfomycin", "ciprofloxacin"),
         ),
     )  # fmt: skip
 
@@ -265,4 +305,5 @@ def _full() -> Plan:
         robustness=RobustnessPlan(
             distorted=5000, minimizations=150, hot_picoseconds=1.0, hot_molecules=None
         ),
+        stability=StabilityPlan(picoseconds=100.0, box_picoseconds=50.0),
     )  # fmt: skip

@@ -1,13 +1,14 @@
 """Langevin runs of any model, kept in the store."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import openmm
 from openmm import app, unit
 
-from openmm_mlffd.validation.suite.dynamics import Trajectory, run_langevin
+from openmm_mlffd.validation.suite.dynamics import SEGMENTS, Stop, Trajectory, run_langevin
 from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.models import Model
 from openmm_mlffd.validation.suite.plan import EnsembleRun
@@ -15,9 +16,29 @@ from openmm_mlffd.validation.suite.systems import System, load_system
 
 
 def run_and_keep(
-    job: Job, model: Model, run: EnsembleRun, name: str, *, minutes: float | None = None
+    job: Job,
+    model: Model,
+    run: EnsembleRun,
+    name: str,
+    *,
+    minutes: float | None = None,
+    stop: Stop | None = None,
+    segments: int = SEGMENTS,
+    told: Callable[[str], object] = lambda _: None,
 ) -> Trajectory:
-    """Trajectory of a Langevin run, now or from before."""
+    """Trajectory of a Langevin run, now or from before.
+
+    Parameters
+    ----------
+    job, model, run, name
+        What is run, and what it is called.
+    minutes
+        Wall time at most; None for that of the job.
+    stop, segments
+        As for `run_langevin`.
+    told
+        Is told the folder of the piece.
+    """
     system = load_system(run.system, run.copies)
     settings = {
         "model": model.identity, "system": run.system, "copies": run.copies,
@@ -31,7 +52,8 @@ def run_and_keep(
     def go(folder: Path, limit: float) -> Trajectory:
         return run_langevin(
             lambda: model.system(system.topology), system, run, folder,
-            clock=job.store.clock, minutes=limit, progress=job.progress,
+            clock=job.store.clock, minutes=limit, progress=job.progress, stop=stop,
+            segments=segments,
         )  # fmt: skip
 
     def measure(folder: Path) -> dict[str, Any]:
@@ -50,6 +72,7 @@ def run_and_keep(
         return short and limit > (known["minutes"] or math.inf)
 
     piece = job.store.piece(f"{name} {run.name}", settings, measure, unfinished=unfinished)
+    told(piece.folder.name)
     return held[0] if held else go(piece.folder, 0.0)
 
 

@@ -57,6 +57,7 @@ def headlines(content: Mapping[str, Any]) -> list[Headline]:
         "forces": _forces,
         "nve": _nve,
         "ensembles": _ensembles,
+        "stability": _stability,
         "teacher": _teacher,
         "robustness": _robustness,
         "speed": _speed,
@@ -100,6 +101,23 @@ def _ensembles(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         yield f"length, {name}", "ps", run["picoseconds"]
         yield f"mean temperature, {name}", "K", run["temperature"]
         yield f"density, {name}", "g/cm³", run.get("density")
+
+
+def _stability(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    for kind in ("molecules", "boxes"):
+        runs = numbers[kind].values()
+        if not runs:
+            continue
+        yield f"runs of {kind}", "", len(runs)
+        yield (
+            f"length of the shortest that did not fail, {kind}",
+            "ps",
+            min(
+                (r["picoseconds"] for r in runs if not (r["failure"] or r["broken"])), default=None
+            ),
+        )
+        yield f"that exploded, {kind}", "", sum(bool(r["failure"]) for r in runs)
+        yield f"that broke a bond, {kind}", "", sum(bool(r["broken"]) for r in runs)
 
 
 def _teacher(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

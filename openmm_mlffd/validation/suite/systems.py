@@ -24,6 +24,21 @@ _FILES = {
     PEPTIDE_IN_WATER: "peptide-in-water.pdb",
 }
 
+BOXES = {
+    "caffeine in water": "box-caffeine.pdb",
+    "molnupiravir in water": "box-molnupiravir.pdb",
+    "zwitterion GSA in water": "box-zwitterion-GSA.pdb",
+}
+"""Boxes whose solutes the bundled student has not seen, and their files."""
+
+UNSEEN = (
+    "apixaban", "artemisinin", "caffeine", "camptothecin", "ciprofloxacin", "dimethyl fosfomycin",
+    "dolutegravir", "losartan", "molnupiravir", "nirmatrelvir", "remdesivir", "vildagliptin",
+    "peptide AAAAAA", "peptide CTNVI", "peptide EWLHC", "peptide MKFQ", "peptide NGPWT",
+    "peptide PQGTY", "peptide WGSD", "peptide YPRH",
+)  # fmt: skip
+"""Molecules that the bundled student has not seen: drugs, and peptides with capped ends."""
+
 TORSIONS = {
     "butane": (0, 1, 2, 3),
     "glycol": (0, 1, 2, 3),
@@ -107,13 +122,19 @@ def load_system(name: str, copies: tuple[int, int, int] = (1, 1, 1)) -> System:
     """
     if name in molecules():
         found = molecules()[name]
-    elif name in _FILES or Path(name).is_file():
-        topology, positions = read_structure(FOLDER / _FILES[name] if name in _FILES else name)
+    elif name in _files() or Path(name).is_file():
+        inside = _files().get(name)
+        topology, positions = read_structure(name if inside is None else FOLDER / inside)
         found = System(name, topology, _angstrom(positions))
     else:
-        known = ", ".join([*_FILES, *molecules()])
+        known = ", ".join([*_files(), *molecules()])
         raise ValueError(f"no system and no file is called {name!r}; there are {known}")
     return found if copies == (1, 1, 1) else _repeat(found, copies)
+
+
+def _files() -> dict[str, str]:
+    unseen = {name: f"unseen-{name.replace(' ', '-')}.pdb" for name in UNSEEN}
+    return _FILES | BOXES | unseen
 
 
 @cache
