@@ -3,9 +3,11 @@
 The same function as `Potential`, but that filters come from a spline. Written for TorchScript:
 the module can be scripted, and its operators are those of `openmm_mlffd.kernels`.
 
-A state is what an atom knows, scalars q and vectors μ, as rows (q, μx, μy, μz) of shape
-(n_atoms, 4, n_channels). Forward, the states between messages are kept and nothing else; backward,
-what is between them is computed again (`remember` keeps it, for speed where memory is no matter).
+A state is what an atom knows, scalars q and vectors μ. Scalars are the first half of rows of
+2 n_channels, whose second half is for the norms of projected vectors; vectors have the shape
+(n_atoms, 3, n_channels). Matrix products read and write where their operands are used. Forward, the
+states between messages are kept and little else; backward, what is between them is computed again
+(`remember` keeps it, for speed where memory is no matter).
 """
 
 from typing import NamedTuple
@@ -27,6 +29,13 @@ _TABLES = {"single": (192, 5), "mixed": (64, 5), "double": (1024, 7)}
 lower ones suffer from rounding in float32 more than they gain."""
 _SHORTEST_SEEN = 5.0 / 7.0
 """Compressed distances are at least this share of the core, see `radial.compress_core`."""
+
+_CHUNK = 8192
+"""Beyond what is remembered, as many atoms are between messages at once: their numbers stay in the
+caches of a GPU, and of what is computed with them only the states need memory for all atoms."""
+
+_CHUNKS_TO_REMEMBER = 8
+"""From as many chunks on there is room to remember one block."""
 
 _ENOUGH_ROWS = 4096
 """On CUDA, the rows of fewer atoms than this are split among up to eight groups of lanes."""
@@ -60,97 +69,130 @@ class Rows(NamedTuple):
     """Number of neighbors of each atom, shape (n_atoms,), int32."""
 
 
-class _Linear(nn.Module):
-    """An affine map whose derivative is written out."""
+def _rounded(x: Tensor) -> Tensor:
+    """To 10 bits of mantissa."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent)
+
+
+class _Product(nn.Module):
+    """A matrix product whose derivative is written out; both write where they are told to."""
 
     weight: Tensor
-    bias: Tensor
 
-    def __init__(self, layer: nn.Linear, n_out: int, like: Tensor) -> None:
+    def __init__(self, weight: Tensor, like: Tensor, reduced: bool) -> None:
         super().__init__()
-        self.register_buffer("weight", layer.weight[:n_out].detach().to(like).contiguous())
-        bias = layer.weight.new_zeros(n_out) if layer.bias is None else layer.bias[:n_out]
-        self.register_buffer("bias", bias.detach().to(like).contiguous())
+        self.reduced = reduced
+        weight = weight.detach().to(like)
+        if reduced:
+            weight = _rounded(weight)
+        self.register_buffer("weight", weight.contiguous())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight.t())
+    def forward(self, x: Tensor, out: Tensor) -> None:
+        """``x @ weight.T``."""
+        if self.reduced:
+            torch.ops.mlffd.product_(x, self.weight.t(), out, False)
+        else:
+            torch.mm(x, self.weight.t(), out=out)
 
-    def backward(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.weight
+    def backward(self, gradient: Tensor, out: Tensor, add: bool) -> None:
+        """``gradient @ weight``, or that added to what is there."""
+        if self.reduced:
+            torch.ops.mlffd.product_(gradient, self.weight, out, add)
+        elif add:
+            out.addmm_(gradient, self.weight)
+        else:
+            torch.mm(gradient, self.weight, out=out)
 
 
 class _Perceptron(nn.Module):
-    """Two affine maps with a SiLU between them."""
+    """Two affine maps with a SiLU between them; the second one's bias is left to who reads it."""
 
-    def __init__(self, layers: nn.Sequential, n_out: int, like: Tensor) -> None:
+    bias: Tensor
+    outer_bias: Tensor
+
+    def __init__(self, layers: nn.Sequential, n_out: int, like: Tensor, reduced: bool) -> None:
         super().__init__()
         inner, outer = layers[0], layers[2]
         assert isinstance(inner, nn.Linear)
         assert isinstance(outer, nn.Linear)
-        self.inner = _Linear(inner, inner.out_features, like)
-        self.outer = _Linear(outer, n_out, like)
+        self.reduced = reduced
+        self.inner = _Product(inner.weight, like, reduced)
+        self.outer = _Product(outer.weight[:n_out], like, reduced)
+        self.register_buffer("bias", inner.bias.detach().to(like).contiguous())
+        self.register_buffer("outer_bias", outer.bias[:n_out].detach().to(like).contiguous())
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values, and what `backward` needs."""
-        hidden = self.inner(x)
-        return self.outer(nn.functional.silu(hidden)), hidden
+    def forward(self, x: Tensor, hidden: Tensor, bent: Tensor, out: Tensor) -> None:
+        """Values without bias to ``out``; ``hidden`` is for `backward`, ``bent`` for nothing."""
+        self.inner(x, hidden)
+        torch.ops.mlffd.node_silu_(hidden, self.bias, bent, self.reduced)
+        self.outer(bent, out)
 
-    def backward(self, gradient: Tensor, hidden: Tensor) -> Tensor:
-        return self.inner.backward(
-            torch.ops.aten.silu_backward(self.outer.backward(gradient), hidden)
-        )
+    def backward(
+        self, gradient: Tensor, hidden: Tensor, bent: Tensor, out: Tensor, add: bool
+    ) -> None:
+        self.outer.backward(gradient, bent, False)
+        torch.ops.mlffd.node_silu_backward_(hidden, self.bias, bent, self.reduced)
+        self.inner.backward(bent, out, add)
+
+
+class _Kept(NamedTuple):
+    """What the backward pass of a block needs from its forward pass, of n atoms."""
+
+    uv: Tensor  # (n, 3, 2c), projections u and v of the vectors
+    hidden: Tensor  # (n, c), of the mixing's perceptron
+    a: Tensor  # (n, 3c), its values
+    inner: Tensor  # (n, c), hidden of the context's perceptron
+    scale: Tensor  # (n, c), of the vectors among the features
+
+
+class _Space(NamedTuple):
+    """Room for what is needed for a moment only, of n atoms."""
+
+    bent: Tensor  # (n, c)
+    phi: Tensor  # (n, 3c)
+    q: Tensor  # (n, 2c)
+    mu: Tensor  # (n, 3, c)
+    by_features: Tensor  # (n, 5, c)
 
 
 class _Mix(nn.Module):
     """`Mixing` on states; without new vectors where they are not used any more."""
 
-    project: Tensor
-
-    def __init__(self, mixing: Mixing, last: bool, like: Tensor) -> None:
+    def __init__(self, mixing: Mixing, last: bool, like: Tensor, reduced: bool) -> None:
         super().__init__()
-        self.n_channels = mixing.n_channels
+        self.n_channels, self.reduced = mixing.n_channels, reduced
         self.softening = mixing.softening
-        self.last = last
-        self.register_buffer("project", mixing.project.weight.detach().to(like).t().contiguous())
-        self.context = _Perceptron(mixing.context, (2 if last else 3) * self.n_channels, like)
+        n_out = (2 if last else 3) * self.n_channels
+        self.project = _Product(mixing.project.weight, like, reduced)
+        self.context = _Perceptron(mixing.context, n_out, like, reduced)
 
-    def forward(self, state: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """New state (new scalars, if last), and what `backward` needs."""
-        n, c = state.shape[0], self.n_channels
-        uv = torch.mm(state[:, 1:].reshape(3 * n, c), self.project).view(n, 3, 2 * c)
-        u, v = uv[:, :, :c], uv[:, :, c:]
-        norm = torch.sqrt(v.square().sum(dim=1) + self.softening)
-        a, hidden = self.context(torch.cat([state[:, 0], norm], dim=1))
-        dot = (u * v).sum(dim=1)
-        scalars = torch.addcmul(state[:, 0] + a[:, :c], a[:, c : 2 * c], dot)
-        kept = [uv, norm, a, hidden, dot]
-        if self.last:
-            return scalars, kept
-        vectors = torch.addcmul(state[:, 1:], a[:, 2 * c :].unsqueeze(1), u)
-        return torch.cat([scalars.unsqueeze(1), vectors], dim=1), kept
+    def forward(
+        self, q: Tensor, mu: Tensor, uv: Tensor, hidden: Tensor, a: Tensor, bent: Tensor,
+        new_q: Tensor, new_mu: Tensor,
+    ) -> None:  # fmt: skip
+        """New state, which may be in the place of the old one; the rest as in `_Kept`."""
+        n, c = q.shape[0], self.n_channels
+        self.project(mu.view(3 * n, c), uv.view(3 * n, 2 * c))
+        torch.ops.mlffd.node_norms_(uv, q, self.softening, self.reduced)
+        self.context(q, hidden, bent, a)
+        torch.ops.mlffd.node_mix_(
+            uv, a, self.context.outer_bias, q, mu, new_q, new_mu, self.reduced
+        )
 
-    def backward(self, by_scalars: Tensor, by_vectors: Tensor, kept: list[Tensor]) -> Tensor:
-        """Gradient by the state, from that by the new one; no vectors, if last."""
-        c = self.n_channels
-        uv, norm, a, hidden, dot = kept
-        u, v = uv[:, :, :c], uv[:, :, c:]
-        by_a = [by_scalars, by_scalars * dot]
-        if not self.last:
-            by_a.append((by_vectors * u).sum(dim=1))
-        by_input = self.context.backward(torch.cat(by_a, dim=1), hidden)
-        by_dot = (by_scalars * a[:, c : 2 * c]).unsqueeze(1)
-        by_norm = (by_input[:, c:] / norm).unsqueeze(1)
-        by_u = by_dot * v
-        by_v = torch.addcmul(by_dot * u, by_norm, v)
-        if not self.last:
-            by_u = torch.addcmul(by_u, a[:, 2 * c :].unsqueeze(1), by_vectors)
-        by_uv = torch.cat([by_u, by_v], dim=2)
-        n = by_uv.shape[0]
-        through = torch.mm(by_uv.view(3 * n, 2 * c), self.project.t()).view(n, 3, c)
-        if not self.last:
-            through = through + by_vectors
-        by_state = (by_scalars + by_input[:, :c]).unsqueeze(1)
-        return torch.cat([by_state, through], dim=1)
+    def backward(
+        self, by_q: Tensor, by_mu: Tensor, uv: Tensor, hidden: Tensor, a: Tensor, bent: Tensor,
+        by_a: Tensor, by_input: Tensor,
+    ) -> None:  # fmt: skip
+        """The gradient by the new state becomes that by the old one; ``uv`` is used up."""
+        n, c = by_q.shape[0], self.n_channels
+        last = a.shape[1] == 2 * c
+        torch.ops.mlffd.node_mix_backward_(uv, by_q, by_mu, by_a, self.reduced)
+        self.context.backward(by_a, hidden, bent, by_input, False)
+        torch.ops.mlffd.node_project_backward_(
+            a, self.context.outer_bias, by_input, by_mu, by_q, uv, self.softening, self.reduced
+        )
+        self.project.backward(uv.view(3 * n, 2 * c), by_mu.view(3 * n, c), not last)
 
 
 class _Block(nn.Module):
@@ -158,33 +200,105 @@ class _Block(nn.Module):
 
     table: Tensor
 
-    def __init__(self, mixing: Mixing, following: Interaction, table: Tensor, like: Tensor) -> None:
+    def __init__(
+        self, mixing: Mixing, following: Interaction, table: Tensor, like: Tensor, reduced: bool
+    ) -> None:
         super().__init__()
-        self.n_channels = mixing.n_channels
-        self.mixing = _Mix(mixing, False, like)
-        self.context = _Perceptron(following.context, 3 * mixing.n_channels, like)
+        self.n_channels = c = mixing.n_channels
+        self.mixing = _Mix(mixing, False, like, reduced)
+        self.context = _Perceptron(following.context, 3 * c, like, reduced)
         self.register_buffer("table", table.view(table.shape[0], 3, -1).contiguous())
 
-    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """New state, features for its neighbors, and what `backward` needs."""
-        c = self.n_channels
-        new, kept = self.mixing(state)
-        phi, hidden = self.context(new[:, 0])
-        scaled = new[:, 1:] * phi[:, 2 * c :].unsqueeze(1)
-        features = torch.cat([phi[:, : 2 * c].view(-1, 2, c), scaled], dim=1)
-        kept.extend([new, phi, hidden])
-        return new, features.to(self.table.dtype), kept
+    def forward(
+        self, q: Tensor, mu: Tensor, kept: _Kept, space: _Space, new_q: Tensor, new_mu: Tensor,
+        features: Tensor,
+    ) -> None:  # fmt: skip
+        """New state, and the features for the neighbors, of n atoms."""
+        n, c = q.shape[0], self.n_channels
+        self.mixing(q, mu, kept.uv, kept.hidden, kept.a, space.bent, new_q, new_mu)
+        phi = space.phi
+        if features.dtype == phi.dtype:  # in the place where it stays
+            phi = features.view(n, 5 * c)[:, : 3 * c]
+        self.context(new_q[:, :c], kept.inner, space.bent, phi)
+        torch.ops.mlffd.node_features_(phi, self.context.outer_bias, new_mu, features, kept.scale)
 
-    def backward(self, by_new: Tensor, by_features: Tensor, kept: list[Tensor]) -> Tensor:
-        """Gradient by the state, from those by the new state and by the features."""
-        c = self.n_channels
-        new, phi, hidden = kept[5], kept[6], kept[7]
-        by_scaled = by_features[:, 2:]
-        by_scale = (new[:, 1:] * by_scaled).sum(dim=1)
-        by_phi = torch.cat([by_features[:, :2].reshape(-1, 2 * c), by_scale], dim=1)
-        by_vectors = torch.addcmul(by_new[:, 1:], phi[:, 2 * c :].unsqueeze(1), by_scaled)
-        by_scalars = by_new[:, 0] + self.context.backward(by_phi, hidden)
-        return self.mixing.backward(by_scalars, by_vectors, kept[:5])
+    def backward(
+        self, mu: Tensor, kept: _Kept, space: _Space, old_q: Tensor, old_mu: Tensor, by_q: Tensor,
+        by_mu: Tensor,
+    ) -> None:  # fmt: skip
+        """From the gradients by the new state, and by the features in ``space``, that by the old.
+
+        It goes to ``by_q`` and ``by_mu``, which may be in the place of the others.
+        """
+        n, c = by_q.shape[0], self.n_channels
+        bias = self.mixing.context.outer_bias
+        by_features = space.by_features
+        torch.ops.mlffd.node_features_backward_(
+            kept.uv,
+            kept.a,
+            bias,
+            mu,
+            kept.scale,
+            by_features,
+            old_q,
+            old_mu,
+            by_q,
+            by_mu,
+            self.mixing.reduced,
+        )
+        by_phi = by_features.view(n, 5 * c)[:, : 3 * c]
+        self.context.backward(by_phi, kept.inner, space.bent, by_q, True)
+        self.mixing.backward(
+            by_q, by_mu, kept.uv, kept.hidden, kept.a, space.bent, space.phi, space.q
+        )
+
+
+def _part(tensor: Tensor, start: int, n: int) -> Tensor:
+    return tensor.narrow(0, start, n)
+
+
+def _part_of(kept: _Kept, start: int, n: int) -> _Kept:
+    return _Kept(
+        _part(kept.uv, start, n),
+        _part(kept.hidden, start, n),
+        _part(kept.a, start, n),
+        _part(kept.inner, start, n),
+        _part(kept.scale, start, n),
+    )
+
+
+def _first_of(space: _Space, n: int) -> _Space:
+    return _Space(
+        _part(space.bent, 0, n),
+        _part(space.phi, 0, n),
+        _part(space.q, 0, n),
+        _part(space.mu, 0, n),
+        _part(space.by_features, 0, n),
+    )
+
+
+def _features(n: int, table: Tensor, like: Tensor) -> Tensor:
+    return torch.empty([n, 5, like.shape[1]], dtype=table.dtype, device=like.device)
+
+
+def _room(n: int, c: int, like: Tensor) -> _Kept:
+    return _Kept(
+        like.new_empty([n, 3, 2 * c]),
+        like.new_empty([n, c]),
+        like.new_empty([n, 3 * c]),
+        like.new_empty([n, c]),
+        like.new_empty([n, c]),
+    )
+
+
+def _space(n: int, c: int, like: Tensor) -> _Space:
+    return _Space(
+        like.new_empty([n, c]),
+        like.new_empty([n, 3 * c]),
+        like.new_empty([n, 2 * c]),
+        like.new_empty([n, 3, c]),
+        like.new_empty([n, 5, c]),
+    )
 
 
 class FastPotential(nn.Module):
@@ -212,6 +326,8 @@ class FastPotential(nn.Module):
     first: Tensor
     pairs: Tensor
     references: Tensor
+    readout_bias: Tensor
+    of_energy: Tensor
 
     def __init__(
         self, potential: Potential, *, precision: str = "single", remember: bool = True
@@ -226,11 +342,14 @@ class FastPotential(nn.Module):
                 "plain torch (engine='eager' or 'auto')"
             )
         real = torch.float64 if precision == "double" else torch.float32
+        reduced = precision == "mixed"
         like = torch.zeros((), dtype=real, device=device)
         stored = torch.float16 if precision == "mixed" else real
         n_intervals, self.degree = _TABLES[precision]
         n_intervals *= -(-network.basis.n_basis // 20)  # more waves, more knots
         self.in_double, self.remember = precision == "double", remember
+        self.n_channels = network.n_channels
+        self.chunk, self.enough_chunks = _CHUNK, _CHUNKS_TO_REMEMBER
         self.enough_rows = _ENOUGH_ROWS
         self.never = False
         self.cutoff, self.softening = potential.cutoff, SOFTENING
@@ -253,13 +372,17 @@ class FastPotential(nn.Module):
         )
         mixings, later = list(network.mixings), list(network.interactions)[1:]
         blocks = [
-            _Block(mixing, following, table, like)  # type: ignore[arg-type]
+            _Block(mixing, following, table, like, reduced)  # type: ignore[arg-type]
             for mixing, following, table in zip(mixings[:-1], later, tables[1:], strict=True)
         ]
         self.blocks = nn.ModuleList(blocks)
         self.backwards = nn.ModuleList(blocks[::-1])  # TorchScript cannot reverse the other
-        self.mixing = _Mix(mixings[-1], True, like)  # type: ignore[arg-type]
-        self.readout = _Perceptron(network.readout, 1, like)
+        self.mixing = _Mix(mixings[-1], True, like, reduced)  # type: ignore[arg-type]
+        inner, outer = network.readout[0], network.readout[2]
+        self.readout = _Product(inner.weight, like, reduced)  # type: ignore[arg-type]
+        self.register_buffer("readout_bias", inner.bias.detach().to(like).contiguous())  # type: ignore[operator,union-attr]
+        of_energy = torch.cat([outer.weight[0], outer.bias])  # type: ignore[index,list-item]
+        self.register_buffer("of_energy", of_energy.detach().to(like))
         self._constants(potential, device)
 
     def _constants(self, potential: Potential, device: torch.device) -> None:
@@ -278,88 +401,134 @@ class FastPotential(nn.Module):
         """Energy, forces, virial (zeros if not wanted) and energy of each atom."""
         if self.never:  # the first that a stored module asks for, see kernels/ops.py
             with_virial = torch.ops.mlffd.import_openmm_mlffd_kernels_ops_first(with_virial)
-        geometry = torch.ops.mlffd.edge_geometry(
+        geometry, by_slot = torch.ops.mlffd.edge_geometry(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
             rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
             self.per_interval, self.in_double,
         )  # fmt: skip
-        learned, by_slot = self.network(rows, geometry)
-        totals = torch.ops.mlffd.edge_forces(
+        learned = self.network(rows, geometry, by_slot)
+        forces, terms = torch.ops.mlffd.edge_forces(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
-            rows.images, rows.reverse, rows.counts, by_slot, self.cutoff, self.softening,
-            self.per_interval, with_virial,
+            rows.images, rows.reverse, rows.counts, by_slot, learned, self.references,
+            self.cutoff, self.softening, self.per_interval, with_virial,
         )  # fmt: skip
-        references = self.references.index_select(0, rows.species)
-        atom_energies = learned + totals[:, 3] + references
-        n_systems = rows.cell.shape[0]
-        sums = torch.cat([atom_energies.unsqueeze(1), totals[:, 4:]], dim=1)
-        if n_systems == 1:
-            sums = sums.sum(dim=0, keepdim=True)
-        else:
-            lengths = torch.bincount(rows.system, minlength=n_systems)
-            sums = torch.segment_reduce(sums, "sum", lengths=lengths, axis=0, initial=0.0)
-        xx, yy, zz, yz, xz, xy = sums[:, 1:].unbind(1)
-        virial = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], dim=1).view(n_systems, 3, 3)
-        return Prediction(sums[:, 0], totals[:, :3], virial, atom_energies)
+        energy, virial = torch.ops.mlffd.system_sums(terms, rows.system, rows.cell.shape[0])
+        return Prediction(energy, forces, virial, terms[0])
 
-    def network(self, rows: Rows, geometry: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's energy of each atom [eV], and its gradient by the edges, by slot."""
-        neighbors, reverse, counts = rows.neighbors, rows.reverse, rows.counts
+    def network(self, rows: Rows, geometry: Tensor, by_slot: Tensor) -> Tensor:
+        """The network's energy of each atom [eV]; its gradient by the edges is added by slot."""
+        like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
         n_parts = 1
         if geometry.is_cuda:
-            n_parts = min(8, max(1, self.enough_rows // max(1, counts.shape[0])))
-        state = torch.ops.mlffd.message(
-            self.first, rows.species, self.table, geometry, neighbors, reverse, counts,
-            self.degree, n_parts,
+            n_parts = min(8, max(1, self.enough_rows // max(1, n)))
+        # chunks of the same size; as many of the last blocks are remembered as there is room for
+        size, n_kept = max(1, n), len(self.blocks)
+        if not self.remember:
+            size = -(-size // -(-size // self.chunk))
+            n_kept = 1 if n >= self.enough_chunks * self.chunk else 0
+        space, shared = _space(size, c, like), _room(size, c, like)
+        q, mu = like.new_empty([n, 2 * c]), like.new_empty([n, 3, c])
+        torch.ops.mlffd.message_(
+            self.first, rows.species, self.table, geometry, rows.neighbors, rows.counts,
+            self.embedding, q, mu, self.degree, n_parts,
         )  # fmt: skip
-        state[:, 0] += self.embedding.index_select(0, rows.species)
-        states: list[Tensor] = []
+        mus: list[Tensor] = []
+        qs: list[Tensor] = []
         sent: list[Tensor] = []
-        kept: list[list[Tensor]] = []
-        for block in self.blocks:
-            states.append(state)
-            new, features, more = block(state)
-            if self.remember:
-                kept.append(more)
+        kept: list[_Kept] = []
+        n_forgotten = len(self.blocks) - n_kept
+        for k, block in enumerate(self.blocks):
+            remembered = k >= n_forgotten
+            room = _room(n, c, like) if remembered else shared
+            features = _features(n, self.table, like)
+            # what is remembered is not computed again from the scalars
+            new_q = q if remembered else torch.empty_like(q)
+            new_mu = torch.empty_like(mu)
+            for start in range(0, n, size):
+                m = min(size, n - start)
+                block(
+                    _part(q, start, m), _part(mu, start, m),
+                    _part_of(room, start if remembered else 0, m), _first_of(space, m),
+                    _part(new_q, start, m), _part(new_mu, start, m), _part(features, start, m),
+                )  # fmt: skip
+            torch.ops.mlffd.message_(
+                features, rows.species, block.table, geometry, rows.neighbors, rows.counts,
+                self.embedding, new_q, new_mu, self.degree, n_parts,
+            )  # fmt: skip
+            mus.append(mu)
+            if remembered:
                 sent.append(features)
-            state = new + torch.ops.mlffd.message(
-                features, rows.species, block.table, geometry, neighbors, reverse, counts,
-                self.degree, n_parts,
-            )  # fmt: skip
-        learned, gradient = self.energies(state)
-        by_slot = torch.zeros_like(geometry)
-        k = len(states)
-        for block in self.backwards:
-            k -= 1
-            if self.remember:
-                more, features = kept[k], sent[k]
+                kept.append(room)
             else:
-                _, features, more = block(states[k])
-            table: Tensor = block.table  # type: ignore[assignment]
-            by_features = torch.ops.mlffd.message_backward_(
-                gradient.to(table.dtype), features, rows.species, table, geometry,
-                neighbors, counts, by_slot, self.degree, True, n_parts,
-            )  # fmt: skip
-            gradient = block.backward(gradient, by_features, more)  # type: ignore[operator]
+                qs.append(q)
+            q, mu = new_q, new_mu
+        learned, by_q = self.energies(q, mu, space, shared, size)
+        by_mu = mu
+        for block in self.backwards:
+            sent_q, sent_mu = self.sent(by_q, by_mu)
+            # the gradient by the vectors in the place of the vectors, whose last use this is
+            mu, by_old_q = mus.pop(), torch.empty_like(by_q)
+            remembered = len(kept) > 0
+            room = kept.pop() if remembered else shared
+            features = sent.pop() if remembered else _features(size, self.table, like)
+            q = by_q if remembered else qs.pop()
+            for start in range(0, n, size):
+                m = min(size, n - start)
+                offset = start if remembered else 0
+                here, now = _part_of(room, offset, m), _first_of(space, m)
+                its_mu, its_features = _part(mu, start, m), _part(features, offset, m)
+                if not remembered:
+                    block(_part(q, start, m), its_mu, here, now, now.q, now.mu, its_features)
+                torch.ops.mlffd.message_backward_(
+                    sent_q, sent_mu, its_features, _part(rows.species, start, m), block.table,
+                    _part(geometry, start, m), _part(rows.neighbors, start, m),
+                    _part(rows.counts, start, m), _part(by_slot, start, m), now.by_features,
+                    self.degree, n_parts,
+                )  # fmt: skip
+                block.backward(  # type: ignore[operator]
+                    its_mu, here, now, _part(by_q, start, m), _part(by_mu, start, m),
+                    _part(by_old_q, start, m), its_mu,
+                )  # fmt: skip
+            by_q, by_mu = by_old_q, mu
+        sent_q, sent_mu = self.sent(by_q, by_mu)
         torch.ops.mlffd.message_backward_(
-            gradient.to(self.table.dtype), self.first, rows.species, self.table, geometry,
-            neighbors, counts, by_slot, self.degree, False, n_parts,
+            sent_q, sent_mu, self.first, rows.species, self.table, geometry, rows.neighbors,
+            rows.counts, by_slot, like.new_empty([0, 2, c]), self.degree, n_parts,
         )  # fmt: skip
-        return learned, by_slot
+        return learned
 
-    def energies(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy of each atom [eV] from its last state, and the gradient of their sum by it."""
-        scalars, kept = self.mixing(state)
-        out, hidden = self.readout(scalars)
-        energies = out.squeeze(1).to(torch.float64) * self.energy_scale
-        slope = torch.full_like(energies, self.energy_scale)
-        if self.energy_bound > 0:  # as `soft_bound`, with its derivative
-            width = 0.5 * self.energy_bound
-            size = energies.abs()
-            bent = torch.tanh((size - self.energy_bound) / width)
-            within = size < self.energy_bound
-            beyond = torch.sign(energies) * (self.energy_bound + width * bent)
-            energies = torch.where(within, energies, beyond)
-            slope = torch.where(within, slope, slope * (1.0 - bent * bent))
-        by_scalars = self.readout.backward(slope.to(out.dtype).unsqueeze(1), hidden)
-        return energies, self.mixing.backward(by_scalars, by_scalars, kept)
+    def sent(self, q: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """What neighbors gather, as it is stored."""
+        if self.table.dtype == q.dtype:
+            return q, mu
+        half_q = torch.empty_like(q, dtype=self.table.dtype)
+        half_mu = torch.empty_like(mu, dtype=self.table.dtype)
+        torch.ops.mlffd.node_halves_(q, mu, half_q, half_mu)
+        return half_q, half_mu
+
+    def energies(
+        self, q: Tensor, mu: Tensor, space: _Space, shared: _Kept, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Energy of each atom [eV] from its last state, and the gradient of their sum by it.
+
+        That by the scalars is returned, that by the vectors takes their place.
+        """
+        n, c, width = q.shape[0], self.n_channels, self.readout_bias.shape[0]
+        energies = torch.empty([n], dtype=torch.float64, device=q.device)
+        by_q = q.new_empty([n, c])
+        for start in range(0, n, size):
+            m = min(size, n - start)
+            its_q, its_mu, its_by_q = _part(q, start, m), _part(mu, start, m), _part(by_q, start, m)
+            here, now = _part_of(shared, 0, m), _first_of(space, m)
+            a = here.a.flatten()[: m * 2 * c].view(m, 2 * c)
+            by_a = now.phi.flatten()[: m * 2 * c].view(m, 2 * c)
+            hidden = now.bent.flatten()[: m * width].view(m, width)
+            self.mixing(its_q, its_mu, here.uv, here.hidden, a, now.bent, its_q, its_mu)
+            self.readout(its_q[:, :c], hidden)
+            torch.ops.mlffd.node_readout_(
+                hidden, self.readout_bias, self.of_energy, _part(energies, start, m),
+                self.energy_scale, self.energy_bound, self.readout.reduced,
+            )  # fmt: skip
+            self.readout.backward(hidden, its_by_q, False)
+            self.mixing.backward(its_by_q, its_mu, here.uv, here.hidden, a, now.bent, by_a, now.q)
+        return energies, by_q

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from openmm_mlffd.fast import Rows
+from openmm_mlffd.kernels.edge_ops import largest_move
 from openmm_mlffd.kernels.neighbor_ops import NeighborOverflow, check_counts, neighbor_rows
 from openmm_mlffd.neighbors import DEFAULT_SKIN
 
@@ -102,8 +103,7 @@ class VerletRows:
 
         Infinite before the first build, and if a position is not a number.
         """
-        squares = (self.rows.positions - self._positions).square().sum(1)
-        return torch.nan_to_num(squares, nan=math.inf).amax()
+        return largest_move(self.rows.positions, self._positions)
 
     def holds(self, moved: float) -> bool:
         """Whether the list is still complete, given what `moved` says."""
