@@ -214,7 +214,7 @@ def product_(x: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
     """``x @ weight``, or that added to ``out``, with inputs of reduced precision.
 
     On CUDA a product of tensor cores in TF32: of the mantissas of the inputs, which are float32, 10
-    bits are used, and sums are float32. On the CPU inputs are cut to as many bits. Cut, not
+    bits are used, and sums are float32. On the CPU ``x`` is cut to as many bits. Cut, not
     rounded, is the worst that hardware does, and too bad for forces: what comes here should have
     been rounded, as operators do that have ``reduced`` for it.
     """
@@ -222,7 +222,7 @@ def product_(x: Tensor, weight: Tensor, out: Tensor, add: bool) -> None:
         with _tf32():
             _multiply(x, weight, out, add)
     else:
-        _multiply(_cut(x), _cut(weight), out, add)
+        _multiply(_cut(x), weight, out, add)
 
 
 @contextlib.contextmanager
