@@ -7,7 +7,7 @@ operators compute is in `reference`, under the same names; with ``reduced`` they
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -298,7 +298,7 @@ def _nothing(*arguments: object) -> None:
     """The fake of operators that return nothing."""
 
 
-_SCHEMAS = {
+_SCHEMAS: dict[Callable[..., None], str] = {
     node_norms_: "Tensor uv, Tensor(a!) q, float softening, bool reduced",
     node_silu_: "Tensor hidden, Tensor bias, Tensor(a!) out, bool reduced",
     node_silu_backward_: "Tensor hidden, Tensor bias, Tensor(a!) gradient, bool reduced",

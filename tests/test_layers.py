@@ -21,7 +21,8 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "process": ("memory storage", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "fast filters graph neighbors painn pairs potential radial repulsion rows tail variants",
+        "blocks fast filters graph neighbors painn pairs potential radial repulsion rows tail "
+        "variants",
         "facts kernels physics",
         "torch numpy",
     ),
