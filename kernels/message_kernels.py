@@ -168,8 +168,8 @@ _FORWARD = """
     for (int k = 0; k < 4; ++k) for (int b = 0; b < CPL; ++b) sum[k][b] = (real)0;
     for (int s = part; s < n_slots; s += n_parts) {
         LOAD_SLOT(u, geometry + 4 * (row + s));
-        if (u[3] < (real)0) continue;  // the same for all lanes of the atom
-        int sender = neighbors[row + s];
+        int sender = neighbors[row + s];  // on its way while it is not known to be needed
+        if (u[3] < (real)0) continue;     // the same for all lanes of the atom
         if (FIRST) sender = ((const int*)rows_)[sender];
         const stored* x = (const stored*)features_ + (long long)sender * (N_FEATURES * C) + c0;
         BASIS_SPLINES(u[3]);
@@ -218,12 +218,21 @@ _BACKWARD = """
     const stored* x = (const stored*)features_ + (long long)own * (N_FEATURES * C) + c0;
     for (int s = part; s < n_slots; s += n_parts) {
         LOAD_SLOT(u, geometry + 4 * (row + s));
-        if (u[3] < (real)0) continue;  // the same for all lanes of the atom
-        const int receiver = neighbors[row + s];
+        const int receiver = neighbors[row + s];  // on its way while it is not known to be needed
+        if (u[3] < (real)0) continue;             // the same for all lanes of the atom
         const stored* g = (const stored*)scalars_ + (long long)receiver * C + c0;
         const stored* h = (const stored*)vectors_ + (long long)receiver * (3 * C) + c0;
         BASIS_SPLINES(u[3]);
-        real f[CPL], df[CPL], slope[CPL], du[3][CPL];
+        real f[CPL], df[CPL], total[4] = {(real)0, (real)0, (real)0, (real)0};
+#if defined(__CUDA_ARCH__)
+        #define ADD_SLOPE(b, value) total[3] += (value)
+        #define SET_DU(k, b, value) total[k] += (value)
+#else
+        real slope[CPL], du[3][CPL];
+        for (int b = 0; b < CPL; ++b) slope[b] = (real)0;
+        #define ADD_SLOPE(b, value) slope[b] += (value)
+        #define SET_DU(k, b, value) du[k][b] = (value)
+#endif
         LOAD(gx, h); LOAD(gy, h + C); LOAD(gz, h + 2 * C);
         {
             LOAD(gs, g);
@@ -232,7 +241,7 @@ _BACKWARD = """
             for (int b = 0; b < CPL; ++b) {
                 const real hs = (real)(float_of(gs[b]));
                 if (FEATURES) sum[0][b] += f[b] * hs;
-                slope[b] = df[b] * (real)(float_of(xs[b])) * hs;
+                ADD_SLOPE(b, df[b] * (real)(float_of(xs[b])) * hs);
             }
         }
         {
@@ -243,9 +252,9 @@ _BACKWARD = """
                            hz = (real)(float_of(gz[b])), y = (real)(float_of(xd[b]));
                 const real along = -(u[0] * hx + u[1] * hy + u[2] * hz);  // the edge comes back
                 if (FEATURES) sum[1][b] += f[b] * along;
-                slope[b] += df[b] * y * along;
+                ADD_SLOPE(b, df[b] * y * along);
                 const real fy = f[b] * y;
-                du[0][b] = fy * hx; du[1][b] = fy * hy; du[2][b] = fy * hz;
+                SET_DU(0, b, fy * hx); SET_DU(1, b, fy * hy); SET_DU(2, b, fy * hz);
             }
         }
         if (!FIRST) {
@@ -259,13 +268,13 @@ _BACKWARD = """
                     sum[N_FEATURES - 2][b] += f[b] * hy;
                     sum[N_FEATURES - 1][b] += f[b] * hz;
                 }
-                slope[b] += df[b] * ((real)(float_of(v0[b])) * hx + (real)(float_of(v1[b])) * hy
-                                     + (real)(float_of(v2[b])) * hz);
+                ADD_SLOPE(b, df[b] * ((real)(float_of(v0[b])) * hx + (real)(float_of(v1[b])) * hy
+                                      + (real)(float_of(v2[b])) * hz));
             }
         }
-        real total[4] = {(real)0, (real)0, (real)0, (real)0};
+#if !defined(__CUDA_ARCH__)
         SUM_CHANNELS
-#if defined(__CUDA_ARCH__)
+#else
         constexpr unsigned SHARE = LANES == 32 ? ~0u : (1u << (LANES % 32)) - 1u;
         const unsigned mask = SHARE << ((threadIdx.x & 31) & ~(LANES - 1));
         for (int o = LANES / 2; o > 0; o /= 2)
@@ -397,7 +406,8 @@ def forward_kernel(variant: Variant, split: bool) -> Any:
             rows, table, geometry, neighbors, counts, embedding, scalars, vectors,
         )  # fmt: skip
 
-    return _kernel(message_forward, f"message_forward_{variant.name}{'_split' * split}")
+    bounds = None if split or variant.real == torch.float64 else (BLOCK, 4)
+    return _kernel(message_forward, f"message_forward_{variant.name}{'_split' * split}", bounds)
 
 
 @cache
@@ -446,14 +456,20 @@ def backward_kernel(variant: Variant, with_features: bool, split: bool) -> Any:
         )  # fmt: skip
 
     suffix = ("" if with_features else "_geometry") + "_split" * split
-    return _kernel(message_backward, f"message_backward_{variant.name}{suffix}")
+    bounds = None if split or variant.real == torch.float64 else (BLOCK, 3)
+    return _kernel(message_backward, f"message_backward_{variant.name}{suffix}", bounds)
 
 
-def _kernel(function: Any, name: str) -> Any:
-    """A kernel in a module of its own: what is not used is not compiled."""
+def _kernel(function: Any, name: str, bounds: tuple[int, int] | None) -> Any:
+    """A kernel in a module of its own: what is not used is not compiled.
+
+    The bounds are threads of a block, and blocks that shall have room on a multiprocessor, so that
+    there is always something to do while others wait.
+    """
     return wp.kernel(
         function,
         name=name,
         enable_backward=False,
         module=f"mlffd_{name}",
+        launch_bounds=bounds,
     )

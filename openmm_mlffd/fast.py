@@ -34,9 +34,10 @@ from openmm_mlffd.radial import SOFTENING
 PRECISIONS = ("single", "mixed", "double")
 """Arithmetic of the network. Mixed: features and tables are gathered in half precision."""
 
-_TABLES = {"single": (192, 5), "mixed": (64, 5), "double": (1024, 7)}
-"""Intervals and degree of the filters' splines for up to 20 radial functions. Slopes of finer or
-lower ones suffer from rounding in float32 more than they gain."""
+_TABLES = {"single": (128, 5), "mixed": (96, 3), "double": (1024, 7)}
+"""Intervals and degree of the filters' splines for up to 20 radial functions. A lower degree is
+less work at each edge, and fewer intervals stay in the caches; but with too many intervals slopes
+suffer from rounding, and of degree 3 single precision would need them."""
 _SHORTEST_SEEN = 5.0 / 7.0
 """Compressed distances are at least this share of the core, see `radial.compress_core`."""
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("warp")
 
-from openmm_mlffd.fast import FastPotential
+from openmm_mlffd.fast import FastPotential, Rows
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.potential import Prediction
 from openmm_mlffd.rows import VerletRows
@@ -243,3 +243,27 @@ def test_memory_is_less_than_twenty_five_kilobytes_an_atom(default_student):
             sizes = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
             in_use = np.cumsum([e.nbytes() for e in sorted(sizes, key=lambda e: e.start_ns())])
             assert 15e3 < (of_rows + in_use.max()) / n_atoms < 25e3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["double", "single", "mixed"])
+@pytest.mark.parametrize("n_atoms", [3, 40, 600])
+def test_gpu_gives_what_the_cpu_gives(default_student, make_box, precision, n_atoms):
+    system = make_box(n_atoms, (n_atoms / 0.07) ** (1 / 3))
+    rows = rows_of(default_student, system)
+    there = Rows(*(t.to("cuda") for t in rows))
+    expected = FastPotential(default_student, precision=precision)(rows)
+    # random atoms, far from any that the student knows: forces of hundreds of eV/Å
+    size = 3 * max(1.0, float(expected.forces.abs().max()))
+    energy, force, virial = (size * t for t in TOLERANCE[precision])
+    for remember, chunk in [(True, 8192), (False, 8192), (False, n_atoms // 3), (False, 50)]:
+        fast = FastPotential(default_student, precision=precision, remember=remember).cuda()
+        fast.chunk = chunk
+        for enough_rows in (1, 4096):  # rows that are split among groups of lanes, or not
+            fast.enough_rows = enough_rows
+            found = fast(there)
+            again = fast(there)
+            assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+            assert (found.energy.cpu() - expected.energy).abs().max() < energy * n_atoms
+            assert (found.forces.cpu() - expected.forces).abs().max() < force
+            assert (found.virial.cpu() - expected.virial).abs().max() < virial * n_atoms

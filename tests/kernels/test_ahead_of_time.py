@@ -15,7 +15,7 @@ SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
 def message_variants(first):
     return [
         message_kernels.Variant(128, first, *rest)
-        for rest in [(5, SINGLE, SINGLE), (5, SINGLE, HALF), (7, DOUBLE, DOUBLE)]
+        for rest in [(5, SINGLE, SINGLE), (3, SINGLE, HALF), (7, DOUBLE, DOUBLE)]
     ]
 
 

@@ -174,3 +174,50 @@ def test_what_the_kernels_cannot_read_is_refused(wrong, message):
     given = {"uv": torch.zeros(4, 3, 10), "q": torch.zeros(4, 10)} | wrong
     with pytest.raises((TypeError, ValueError), match=message):
         node_ops.node_norms_(given["uv"], given["q"], SOFTENING, False)
+
+
+@pytest.mark.gpu
+def test_gpu_multiplies_with_tensor_cores_only_where_it_is_asked_to():
+    x = node_ops._cut(torch.randn(300, 128))
+    weight = node_ops._cut(torch.randn(128, 256))
+    exact = (x.double() @ weight.double()).float()
+    before = torch.backends.cuda.matmul.allow_tf32
+    out = torch.empty(300, 256, device="cuda")
+    ops.product_(x.cuda(), weight.cuda(), out, False)
+    # nothing is lost of inputs that fit, whatever is done with those that do not
+    assert (out.cpu() - exact).abs().max() < 1e-4
+    assert torch.backends.cuda.matmul.allow_tf32 == before
+    finer = torch.randn(300, 128, device="cuda")
+    ops.product_(finer, weight.cuda(), out, False)
+    assert (out - finer @ weight.cuda()).abs().max() > 1e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduced", [False, True])
+def test_gpu_gives_what_the_cpu_gives(reduced):
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    m, c = 37, 24
+    given = {
+        "node_norms_": [random(m, 3, 2 * c), random(m, 2 * c), SOFTENING, reduced],
+        "node_silu_": [random(m, c), random(c), random(m, c), reduced],
+        "node_silu_backward_": [random(m, c), random(c), random(m, c), reduced],
+        "node_readout_": [
+            random(m, 40), random(40), random(41), random(m).double(), 2.0, 0.7, reduced
+        ],
+        "node_mix_backward_": [
+            random(m, 3, 2 * c), random(m, c), random(m, 3, c), random(m, 3 * c), reduced
+        ],
+    }  # fmt: skip
+    for name, arguments in given.items():
+        there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+        getattr(ops, name)(*arguments)
+        getattr(ops, name)(*there)
+        for on_cpu, on_gpu in zip(arguments, there, strict=True):
+            if isinstance(on_cpu, torch.Tensor):
+                largest = on_cpu.abs().max()
+                close = 1e-3 if reduced else 1e-6  # one bit more or less of those that are left
+                assert (on_gpu.cpu() - on_cpu).abs().max() <= 2 * close * largest, name
