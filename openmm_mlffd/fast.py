@@ -206,6 +206,29 @@ class FastPotential(nn.Module):
             size = -(-size // -(-size // self.chunk))
             n_kept = 1 if n >= self.enough_chunks * self.chunk else 0
         space, shared = space_for(size, c, like), room_for(size, c, like)
+        qs, mus, sent, kept = self.forth(rows, geometry, space, shared, size, n_kept)
+        # nothing here may hold what the others have used up
+        learned, by_q = self.energies(qs.pop(), mus[-1], space, shared, size)
+        self.back(
+            rows, geometry, by_slot, by_q, mus.pop(), qs, mus, sent, kept, space, shared, size
+        )
+        return learned
+
+    def forth(
+        self, rows: Rows, geometry: Tensor, space: Space, shared: Kept, size: int, n_kept: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Kept]]:
+        """All messages.
+
+        Returns
+        -------
+        qs
+            Scalars of the states that are computed again from them, and of the last one.
+        mus
+            Vectors of all states.
+        sent, kept
+            Features and what else is kept of the last ``n_kept`` blocks.
+        """
+        like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
         q, mu = like.new_empty([n, 2 * c]), like.new_empty([n, 3, c])
         torch.ops.mlffd.message_(
             self.first, rows.species, self.table, geometry, rows.neighbors, rows.counts,
@@ -241,20 +264,16 @@ class FastPotential(nn.Module):
             else:
                 qs.append(q)
             q, mu = new_q, new_mu
-        learned, by_q = self.energies(q, mu, space, shared, size)
-        self.backward(rows, geometry, by_slot, by_q, mu, qs, mus, sent, kept, space, shared, size)
-        return learned
+        qs.append(q)
+        mus.append(mu)
+        return qs, mus, sent, kept
 
-    def backward(
+    def back(
         self, rows: Rows, geometry: Tensor, by_slot: Tensor, by_q: Tensor, by_mu: Tensor,
         qs: list[Tensor], mus: list[Tensor], sent: list[Tensor], kept: list[Kept], space: Space,
         shared: Kept, size: int,
     ) -> None:  # fmt: skip
-        """From the gradient by the last state to that by the edges; the lists are used up.
-
-        In the lists: scalars of the states, where they are needed; vectors of the states; features
-        and what else is remembered of the last blocks.
-        """
+        """From the gradient by the last state to that by the edges; uses up what `forth` gave."""
         n, n_parts = by_q.shape[0], self.parts(geometry)
         for block in self.backwards:
             sent_q, sent_mu = self.sent(by_q, by_mu)
