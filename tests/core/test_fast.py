@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("warp")
 
+from openmm_mlffd.blocks import Product
 from openmm_mlffd.fast import FastPotential, Rows
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.potential import Prediction
@@ -163,6 +164,26 @@ def test_mixed_precision_is_good_for_forces(default_student, predict, make_box):
     error = (found.forces - expected).square().mean().sqrt()
     assert error < 2e-3 * max(1.0, float(size))
     assert error > 1e-5
+
+
+@pytest.mark.parametrize("precision", ["single", "mixed"])
+def test_products_of_few_rows_are_as_those_of_many(default_student, ethanol, precision):
+    rows = rows_of(default_student, ethanol)
+    fast = FastPotential(default_student, precision=precision)
+    expected = fast(rows)
+    for module in fast.modules():
+        if isinstance(module, Product):
+            module.few_on_cpu = True
+    counted = n_launches(lambda: fast(rows))
+    assert (counted["few_product_"], counted["few_silu_"]) == (18, 5)
+    assert counted["few_silu_backward_"] == 5
+    assert counted["mm"] + counted["addmm_"] + counted["product_"] == 0
+    energy, force, _ = TOLERANCE[precision]
+    found = fast(rows)
+    assert (found.energy - expected.energy).abs().max() < energy
+    assert (found.forces - expected.forces).abs().max() < force
+    for a, b in zip(torch.jit.script(fast)(rows), found, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_virial_can_be_left_out(student, box):

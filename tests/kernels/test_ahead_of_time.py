@@ -7,7 +7,13 @@ pytest.importorskip("warp")
 
 import warp as wp
 
-from openmm_mlffd.kernels import edge_kernels, message_kernels, neighbor_kernels, node_kernels
+from openmm_mlffd.kernels import (
+    edge_kernels,
+    message_kernels,
+    neighbor_kernels,
+    node_kernels,
+    product_kernels,
+)
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
 
@@ -21,7 +27,12 @@ def message_variants(first):
 
 def every_kernel():
     """One kernel of each module of a student with 128 channels, by name."""
-    found = [neighbor_kernels.fill_rows, edge_kernels.sum_terms, edge_kernels.largest_move]
+    found = [
+        product_kernels.product_of_few,
+        neighbor_kernels.fill_rows,
+        edge_kernels.sum_terms,
+        edge_kernels.largest_move,
+    ]
     for real in (SINGLE, DOUBLE):
         found += [edge_kernels.geometry_kernel(real), edge_kernels.forces_kernel(real)]
     for real, reduced in [(SINGLE, False), (SINGLE, True), (DOUBLE, False)]:
@@ -38,7 +49,12 @@ def every_kernel():
 
 
 KERNELS = every_kernel()
-QUICK = {"mlffd_neighbors", "mlffd_largest_move", "mlffd_node_c128_f32_reduced"}
+QUICK = {
+    "mlffd_product_of_few",
+    "mlffd_neighbors",
+    "mlffd_largest_move",
+    "mlffd_node_c128_f32_reduced",
+}
 
 
 @pytest.mark.parametrize(
