@@ -2,8 +2,8 @@
 
 A group of lanes owns an atom and walks its row; all of it in double precision, from the positions.
 
-Atoms with too many bonded neighbors push them away (`crowding.py`): the first pass counts the
-neighbors, and leaves the energy and its slope for the second.
+Atoms with too many bonded neighbors push them away (`openmm_mlffd.crowding`): the first pass
+counts the neighbors, and leaves the energy and its slope for the second.
 
 The network sees softened distances d = √(r² + ε²), and those within the core of a pair of
 elements compressed (`radial.compress_core`): d → ρ(d). The chain rule back to positions, with
@@ -57,6 +57,7 @@ _EDGE = """
 
 _GEOMETRY = """
     real* geometry = (real*)geometry_;
+    real* by_slot = (real*)by_slot_;
     double counted = 0.0;
     for (int s = lane; s < n_slots; s += LANES) {
         EDGE(s);
@@ -68,6 +69,7 @@ _GEOMETRY = """
         real* to = geometry + 4 * (row + s);
         to[0] = (real)(r0 * inverse); to[1] = (real)(r1 * inverse); to[2] = (real)(r2 * inverse);
         to[3] = near && seen < cutoff ? (real)((seen - shortest) * per_interval) : (real)-1;
+        for (int k = 0; k < 4; ++k) by_slot[4 * (row + s) + k] = (real)0;
         if (near && d < pair[5]) {
             const double t = PART(d);
             counted += 1.0 - t * t * t * (10.0 + t * (6.0 * t - 15.0));
@@ -84,7 +86,7 @@ _GEOMETRY = """
             energy = strength * excess * square / width;
             slope = strength * square * (3.0 * width - 2.0 * square) / (width * width);
         }
-        double* out = (double*)crowded_ + 2 * atom;
+        double* out = (double*)crowded_ + 2 * (long long)atom;
         out[0] = energy; out[1] = slope;
     }
 """
@@ -93,7 +95,8 @@ _FORCES = """
     const real* by_slot = (const real*)by_slot_;
     const int* reverse = (const int*)reverse_;
     const double* crowded = (const double*)crowded_;
-    const double crowding = crowded[2 * atom], pushes = crowded[2 * atom + 1];
+    const double crowding = crowded[2 * (long long)atom];
+    const double pushes = crowded[2 * (long long)atom + 1];
     double total[10] = {0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0};
     for (int s = lane; s < n_slots; s += LANES) {
         EDGE(s);
@@ -133,7 +136,7 @@ _FORCES = """
             f0 += slope * u0; f1 += slope * u1; f2 += slope * u2;
             e0 += 0.5 * slope * u0; e1 += 0.5 * slope * u1; e2 += 0.5 * slope * u2;
         }
-        const double pushed = pushes + crowded[2 * j + 1];
+        const double pushed = pushes + crowded[2 * (long long)j + 1];
         if (pushed > 0.0 && d < pair[5]) {
             const double t = PART(d), gone = t * (1.0 - t);
             const double slope = pushed * -30.0 * gone * gone / (pair[5] - pair[4]);
@@ -154,9 +157,12 @@ _FORCES = """
         for (int k = 0; k < n_totals; ++k) total[k] += __shfl_xor_sync(~0u, total[k], o);
 #endif
     if (lane == 0) {
-        total[3] += crowding;
-        double* out = (double*)out_ + 10 * atom;
-        for (int k = 0; k < 10; ++k) out[k] = k < n_totals ? total[k] : 0.0;
+        double* forces = (double*)forces_ + 3 * (long long)atom;
+        double* terms = (double*)terms_ + atom;
+        for (int k = 0; k < 3; ++k) forces[k] = total[k];
+        terms[0] = ((const double*)learned_)[atom] + total[3] + crowding
+                   + ((const double*)references_)[species[atom]];
+        for (int k = 4; k < n_totals; ++k) terms[(long long)(k - 3) * n_atoms] = total[k];
     }
 """
 
@@ -186,6 +192,7 @@ def geometry_kernel(real: torch.dtype) -> Any:
         images_: wp.uint64,
         counts_: wp.uint64,
         geometry_: wp.uint64,
+        by_slot_: wp.uint64,
         crowded_: wp.uint64,
     ): ...
 
@@ -210,12 +217,13 @@ def geometry_kernel(real: torch.dtype) -> Any:
         counts: wp.uint64,  # int32 (n_atoms,)
         # out
         geometry: wp.uint64,  # real (n_atoms, capacity, 4)
+        by_slot: wp.uint64,  # real (n_atoms, capacity, 4), zero where there are neighbors
         crowded: wp.uint64,  # float64 (n_atoms, 2): energy of crowding, its slope by neighbors
     ):
         geometry_row(
             wp.tid(), capacity, n_elements, cutoff, softening, shortest, per_interval, strength,
             softness, positions, cell, system, species, pairs, limits, neighbors, images, counts,
-            geometry, crowded,
+            geometry, by_slot, crowded,
         )  # fmt: skip
 
     return _kernel(edge_geometry, f"edge_geometry_{NATIVE_TYPES[real]}")
@@ -223,7 +231,7 @@ def geometry_kernel(real: torch.dtype) -> Any:
 
 @cache
 def forces_kernel(real: torch.dtype) -> Any:
-    """Force on each atom, its repulsion, and its share of the virial, without atomics.
+    """Force on each atom, its energy, and its share of the virial, without atomics.
 
     F_i = Σ_s (gradient by the edge it received) - (gradient by the edge it sent).
     """
@@ -231,6 +239,7 @@ def forces_kernel(real: torch.dtype) -> Any:
     @wp.func_native((_EDGE + _FORCES).replace("REAL", NATIVE_TYPES[real]))
     def forces_row(
         thread: wp.int32,
+        n_atoms: wp.int32,
         capacity: wp.int32,
         n_elements: wp.int32,
         with_virial: wp.int32,
@@ -248,11 +257,15 @@ def forces_kernel(real: torch.dtype) -> Any:
         counts_: wp.uint64,
         by_slot_: wp.uint64,
         crowded_: wp.uint64,
-        out_: wp.uint64,
+        learned_: wp.uint64,
+        references_: wp.uint64,
+        forces_: wp.uint64,
+        terms_: wp.uint64,
     ): ...
 
     def edge_forces(
         # in
+        n_atoms: wp.int32,
         capacity: wp.int32,
         n_elements: wp.int32,
         with_virial: wp.int32,
@@ -270,17 +283,156 @@ def forces_kernel(real: torch.dtype) -> Any:
         counts: wp.uint64,  # int32 (n_atoms,)
         by_slot: wp.uint64,  # real (n_atoms, capacity, 4), as the message kernels leave it
         crowded: wp.uint64,  # float64 (n_atoms, 2), as edge_geometry leaves it
+        learned: wp.uint64,  # float64 (n_atoms,)
+        references: wp.uint64,  # float64 (n_elements,)
         # out
-        totals: wp.uint64,  # float64 (n_atoms, 10): force, repulsion, virial xx yy zz yz xz xy
+        forces: wp.uint64,  # float64 (n_atoms, 3)
+        terms: wp.uint64,  # float64 (1 or 7, n_atoms): energy, virial xx yy zz yz xz xy
     ):
         forces_row(
-            wp.tid(), capacity, n_elements, with_virial, cutoff, softening, per_interval,
+            wp.tid(), n_atoms, capacity, n_elements, with_virial, cutoff, softening, per_interval,
             positions, cell, system, species, pairs, neighbors, images, reverse, counts, by_slot,
-            crowded, totals,
+            crowded, learned, references, forces, terms,
         )  # fmt: skip
 
     return _kernel(edge_forces, f"edge_forces_{NATIVE_TYPES[real]}")
 
 
+_RANGE_SUMS = """
+    // of numbers k (n,): their sum over each range of so many, or over each system
+#if defined(__CUDA_ARCH__)
+    constexpr int LANES = 32;
+#else
+    constexpr int LANES = 1;
+#endif
+    const int lane = thread % LANES, task = thread / LANES, k = task % n_terms;
+    const int group = task / n_terms;
+    const double* x = (const double*)terms_ + (long long)k * n;
+    int begin = 0, end = n;
+    if (length > 0) {
+        begin = group * length;
+        end = n - begin < length ? n : begin + length;
+    } else if (system_ != 0) {  // systems ascend
+        const int* system = (const int*)system_;
+        for (int low = 0, high = n; ; ) {
+            if (low < high) {
+                const int middle = (low + high) / 2;
+                if (system[middle] < group) low = middle + 1; else high = middle;
+            } else { begin = low; break; }
+        }
+        for (int low = begin, high = n; ; ) {
+            if (low < high) {
+                const int middle = (low + high) / 2;
+                if (system[middle] <= group) low = middle + 1; else high = middle;
+            } else { end = low; break; }
+        }
+    }
+    double sum = 0.0;
+    for (int i = begin + lane; i < end; i += LANES) sum += x[i];
+#if defined(__CUDA_ARCH__)
+    for (int o = LANES / 2; o > 0; o /= 2) sum += __shfl_xor_sync(~0u, sum, o);
+#endif
+    if (lane == 0) {
+        if (length > 0) {
+            ((double*)sums_)[(long long)k * n_groups + group] = sum;
+        } else {
+            double* virial = (double*)virial_ + 9 * group;
+            if (k == 0) ((double*)sums_)[group] = sum;
+            else if (k < 4) virial[4 * (k - 1)] = sum;
+            else {  // yz xz xy
+                const int a = k == 4 ? 1 : 0, b = k == 6 ? 1 : 2;
+                virial[3 * a + b] = sum; virial[3 * b + a] = sum;
+            }
+            if (n_terms == 1) for (int m = 0; m < 9; ++m) virial[m] = 0.0;
+        }
+    }
+"""
+
+
+@wp.func_native(_RANGE_SUMS)
+def _sum(
+    thread: wp.int32,
+    n: wp.int32,
+    n_terms: wp.int32,
+    n_groups: wp.int32,
+    length: wp.int32,
+    terms_: wp.uint64,
+    system_: wp.uint64,
+    sums_: wp.uint64,
+    virial_: wp.uint64,
+): ...
+
+
+def _sum_terms(
+    # in
+    n: wp.int32,
+    n_terms: wp.int32,
+    n_groups: wp.int32,
+    length: wp.int32,  # of the ranges to be summed; 0: systems
+    terms: wp.uint64,  # float64 (n_terms, n)
+    system: wp.uint64,  # int32 (n,), or 0 for one system
+    # out
+    sums: wp.uint64,  # float64 (n_terms, n_groups) of ranges; energies (n_groups,) of systems
+    virial: wp.uint64,  # float64 (n_groups, 3, 3) of systems
+):
+    _sum(wp.tid(), n, n_terms, n_groups, length, terms, system, sums, virial)
+
+
+_MOVES = """
+    // positions that are no numbers are infinitely far; squares compare like their bits
+    const double *x = (const double*)positions_, *y = (const double*)since_;
+    double largest = 0.0;
+#if defined(__CUDA_ARCH__)
+    constexpr int EACH = 4;
+#else
+    const int EACH = n;
+#endif
+    for (int m = 0; m < EACH; ++m) {
+        const long long i = 3 * ((long long)thread + (long long)m * n_threads);
+        if (i >= 3 * (long long)n) break;
+        const double a = x[i] - y[i], b = x[i + 1] - y[i + 1], c = x[i + 2] - y[i + 2];
+        const double square = a * a + b * b + c * c;
+        if (!(square <= largest)) largest = square == square ? square : 1e300 * 1e300;
+    }
+#if defined(__CUDA_ARCH__)
+    for (int o = 16; o > 0; o /= 2) {  // whole warps, see the operator
+        const double other = __shfl_xor_sync(~0u, largest, o);
+        if (other > largest) largest = other;
+    }
+    if (thread % 32 == 0)
+        atomicMax((unsigned long long*)largest_, (unsigned long long)__double_as_longlong(largest));
+#else
+    if (largest > *(double*)largest_) *(double*)largest_ = largest;
+#endif
+"""
+
+
+@wp.func_native(_MOVES)
+def _move(
+    thread: wp.int32,
+    n: wp.int32,
+    n_threads: wp.int32,
+    positions_: wp.uint64,
+    since_: wp.uint64,
+    largest_: wp.uint64,
+): ...
+
+
+def _largest_move(
+    # in
+    n: wp.int32,
+    n_threads: wp.int32,
+    positions: wp.uint64,  # float64 (n, 3)
+    since: wp.uint64,  # float64 (n, 3)
+    # in and out
+    largest: wp.uint64,  # float64, square of the largest distance
+):
+    _move(wp.tid(), n, n_threads, positions, since, largest)
+
+
 def _kernel(function: Any, name: str) -> Any:
     return wp.kernel(function, name=name, enable_backward=False, module=f"mlffd_{name}")
+
+
+sum_terms = _kernel(_sum_terms, "sum_terms")
+largest_move = _kernel(_largest_move, "largest_move")

@@ -10,6 +10,7 @@ is the sender of what its neighbors received, so that sums stay in its row again
 belongs to the edge in the other direction.
 """
 
+import re
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,8 +18,21 @@ import torch
 import warp as wp
 
 NATIVE_TYPES = {torch.float16: "wp::half", torch.float32: "float", torch.float64: "double"}
+ROUNDING = """
+    // to the nearest of 10 bits of mantissa, ties to even
+    auto round_to_10_bits = [](float x) -> float {
+        unsigned bits = __builtin_bit_cast(unsigned, x);
+        bits = (bits + 0xfffu + ((bits >> 13) & 1u)) & ~0x1fffu;
+        return __builtin_bit_cast(float, bits);
+    };
+"""
+
+BLOCK = 256
+"""Threads of a block on CUDA: Warp's default."""
+
 _CHANNELS_PER_LANE = 4
 _WARP = 32
+_SHARED = 48 * 1024  # bytes of a block
 
 
 class Variant(NamedTuple):
@@ -52,6 +66,13 @@ class Variant(NamedTuple):
         return lanes
 
     @property
+    def most_parts(self) -> int:
+        """Groups of lanes that can share a row on CUDA: those of a block, if their sums fit."""
+        groups = BLOCK // self.lanes
+        size = groups * (4 if self.first else 5) * self.n_channels * self.real.itemsize
+        return min(8, groups) if size <= _SHARED else 1
+
+    @property
     def name(self) -> str:
         """Of the kernel, in letters and digits."""
         real, stored = (str(t).removeprefix("torch.float") for t in (self.real, self.stored))
@@ -70,7 +91,7 @@ _COMMON = """
 #endif
     constexpr int CPL = C / LANES;  // channels per lane
     const int lane = thread % LANES, group = thread / LANES;
-    const int atom = group % n_atoms, part = group / n_atoms;
+    const int atom = group / n_parts, part = group % n_parts;
     const int c0 = lane * CPL;
     const long long row = (long long)atom * capacity;
     const real* geometry = (const real*)geometry_;
@@ -147,8 +168,8 @@ _FORWARD = """
     for (int k = 0; k < 4; ++k) for (int b = 0; b < CPL; ++b) sum[k][b] = (real)0;
     for (int s = part; s < n_slots; s += n_parts) {
         LOAD_SLOT(u, geometry + 4 * (row + s));
-        if (u[3] < (real)0) continue;  // the same for all lanes of the atom
-        int sender = neighbors[row + s];
+        int sender = neighbors[row + s];  // on its way while it is not known to be needed
+        if (u[3] < (real)0) continue;     // the same for all lanes of the atom
         if (FIRST) sender = ((const int*)rows_)[sender];
         const stored* x = (const stored*)features_ + (long long)sender * (N_FEATURES * C) + c0;
         BASIS_SPLINES(u[3]);
@@ -175,8 +196,19 @@ _FORWARD = """
             }
         }
     }
-    real* out = (real*)out_ + ((long long)part * n_atoms + atom) * (4 * C) + c0;
-    for (int k = 0; k < 4; ++k) for (int b = 0; b < CPL; ++b) out[k * C + b] = sum[k][b];
+    ROUNDING
+    const real* base = FIRST && embedding_ != 0
+        ? (const real*)embedding_ + (long long)((const int*)rows_)[atom] * C : nullptr;
+    real* scalars = (real*)scalars_ + (long long)atom * scalar_stride;
+    real* vectors = (real*)vectors_ + (long long)atom * vector_stride;
+    #define PUT(k, c, value) {                                                      \
+        real* to = (k) == 0 ? scalars + (c) : vectors + ((k) - 1) * C + (c);        \
+        real put = (value);                                                         \
+        if (mode & 1) put += *to;                                                   \
+        if ((k) == 0 && base) put += base[c];                                       \
+        if (mode & 2) put = ROUND(put);                                             \
+        *to = put; }
+    STORE_SUMS(4)
 """
 
 _BACKWARD = """
@@ -186,20 +218,30 @@ _BACKWARD = """
     const stored* x = (const stored*)features_ + (long long)own * (N_FEATURES * C) + c0;
     for (int s = part; s < n_slots; s += n_parts) {
         LOAD_SLOT(u, geometry + 4 * (row + s));
-        if (u[3] < (real)0) continue;  // the same for all lanes of the atom
-        const int receiver = neighbors[row + s];
-        const stored* g = (const stored*)gradient_ + (long long)receiver * (4 * C) + c0;
+        const int receiver = neighbors[row + s];  // on its way while it is not known to be needed
+        if (u[3] < (real)0) continue;             // the same for all lanes of the atom
+        const stored* g = (const stored*)scalars_ + (long long)receiver * C + c0;
+        const stored* h = (const stored*)vectors_ + (long long)receiver * (3 * C) + c0;
         BASIS_SPLINES(u[3]);
-        real f[CPL], df[CPL], slope[CPL], du[3][CPL];
-        LOAD(gx, g + C); LOAD(gy, g + 2 * C); LOAD(gz, g + 3 * C);
+        real f[CPL], df[CPL], total[4] = {(real)0, (real)0, (real)0, (real)0};
+#if defined(__CUDA_ARCH__)
+        #define ADD_SLOPE(b, value) total[3] += (value)
+        #define SET_DU(k, b, value) total[k] += (value)
+#else
+        real slope[CPL], du[3][CPL];
+        for (int b = 0; b < CPL; ++b) slope[b] = (real)0;
+        #define ADD_SLOPE(b, value) slope[b] += (value)
+        #define SET_DU(k, b, value) du[k][b] = (value)
+#endif
+        LOAD(gx, h); LOAD(gy, h + C); LOAD(gz, h + 2 * C);
         {
             LOAD(gs, g);
             LOAD(xs, x);
             FILTER_AND_SLOPE(f, df, 0);
             for (int b = 0; b < CPL; ++b) {
-                const real h = (real)(float_of(gs[b]));
-                if (FEATURES) sum[0][b] += f[b] * h;
-                slope[b] = df[b] * (real)(float_of(xs[b])) * h;
+                const real hs = (real)(float_of(gs[b]));
+                if (FEATURES) sum[0][b] += f[b] * hs;
+                ADD_SLOPE(b, df[b] * (real)(float_of(xs[b])) * hs);
             }
         }
         {
@@ -210,9 +252,9 @@ _BACKWARD = """
                            hz = (real)(float_of(gz[b])), y = (real)(float_of(xd[b]));
                 const real along = -(u[0] * hx + u[1] * hy + u[2] * hz);  // the edge comes back
                 if (FEATURES) sum[1][b] += f[b] * along;
-                slope[b] += df[b] * y * along;
+                ADD_SLOPE(b, df[b] * y * along);
                 const real fy = f[b] * y;
-                du[0][b] = fy * hx; du[1][b] = fy * hy; du[2][b] = fy * hz;
+                SET_DU(0, b, fy * hx); SET_DU(1, b, fy * hy); SET_DU(2, b, fy * hz);
             }
         }
         if (!FIRST) {
@@ -226,13 +268,13 @@ _BACKWARD = """
                     sum[N_FEATURES - 2][b] += f[b] * hy;
                     sum[N_FEATURES - 1][b] += f[b] * hz;
                 }
-                slope[b] += df[b] * ((real)(float_of(v0[b])) * hx + (real)(float_of(v1[b])) * hy
-                                     + (real)(float_of(v2[b])) * hz);
+                ADD_SLOPE(b, df[b] * ((real)(float_of(v0[b])) * hx + (real)(float_of(v1[b])) * hy
+                                      + (real)(float_of(v2[b])) * hz));
             }
         }
-        real total[4] = {(real)0, (real)0, (real)0, (real)0};
+#if !defined(__CUDA_ARCH__)
         SUM_CHANNELS
-#if defined(__CUDA_ARCH__)
+#else
         constexpr unsigned SHARE = LANES == 32 ? ~0u : (1u << (LANES % 32)) - 1u;
         const unsigned mask = SHARE << ((threadIdx.x & 31) & ~(LANES - 1));
         for (int o = LANES / 2; o > 0; o /= 2)
@@ -244,10 +286,30 @@ _BACKWARD = """
         }
     }
     if (FEATURES) {
-        real* out = (real*)out_ + ((long long)part * n_atoms + atom) * (N_FEATURES * C) + c0;
-        for (int k = 0; k < N_FEATURES; ++k)
-            for (int b = 0; b < CPL; ++b) out[k * C + b] = sum[k][b];
+        real* out = (real*)out_ + (long long)atom * (N_FEATURES * C);
+        #define PUT(k, c, value) out[(k) * C + (c)] = (value);
+        STORE_SUMS(N_FEATURES)
     }
+"""
+
+# the parts of a row are in one block of threads, and each group of lanes adds up some of the sums
+_STORE_SUMS = """
+#if defined(__CUDA_ARCH__) && SPLIT
+    constexpr int GROUPS = BLOCK / LANES;
+    __shared__ real parts[GROUPS][N_SUMS * C];
+    const int in_block = (int)threadIdx.x / LANES;
+    for (int k = 0; k < N_SUMS; ++k)
+        for (int b = 0; b < CPL; ++b) parts[in_block][k * C + c0 + b] = sum[k][b];
+    __syncthreads();
+    for (int n = part * LANES + lane; n < N_SUMS * C; n += n_parts * LANES) {
+        real sum_n = (real)0;
+        for (int p = 0; p < n_parts; ++p) sum_n += parts[in_block - part + p][n];
+        PUT(n / C, n % C, sum_n);
+    }
+#else
+    for (int k = 0; k < N_SUMS; ++k)
+        for (int b = 0; b < CPL; ++b) PUT(k, c0 + b, sum[k][b]);
+#endif
 """
 
 # without leave to reorder sums a compiler adds channel by channel: eight sums side by side
@@ -269,12 +331,18 @@ _SUM_CHANNELS = """
 def snippet(body: str, variant: Variant, **flags: bool) -> str:
     """Native source of a kernel's body for one variant."""
     text = (_COMMON + body).replace("SUM_CHANNELS", _SUM_CHANNELS)
+    n_sums = re.search(r"STORE_SUMS\((\w+)\)", text)
+    assert n_sums
+    text = text.replace(n_sums[0], _STORE_SUMS.replace("N_SUMS", n_sums[1]))
     half = variant.stored == torch.float16
     values: dict[str, Any] = {
         "float_of": "wp::half_to_float" if half else "",
         "N_CHANNELS": variant.n_channels,
         "N_FEATURES": 2 if variant.first else 5,
         "N_FILTERS": 2 if variant.first else 3,
+        "BLOCK": BLOCK,
+        "ROUNDING": ROUNDING if half else "",
+        "ROUND(": "round_to_10_bits(" if half else "(",
         "CUDA_LANES": variant.lanes,
         "DEGREE": variant.degree,
         "FIRST": int(variant.first),
@@ -288,60 +356,72 @@ def snippet(body: str, variant: Variant, **flags: bool) -> str:
 
 
 @cache
-def forward_kernel(variant: Variant) -> Any:
-    """sums[part, i, :] = Σ_s messages of neighbor s to atom i: (scalars, vectors), 4 channels."""
+def forward_kernel(variant: Variant, split: bool) -> Any:
+    """Σ_s messages of neighbor s to atom i: scalars and vectors.
 
-    @wp.func_native(snippet(_FORWARD, variant))
+    Written, added to what is there, or for the first block to the embedding of the atom's species.
+    """
+
+    @wp.func_native(snippet(_FORWARD, variant, SPLIT=split))
     def message_row(
         thread: wp.int32,
-        n_atoms: wp.int32,
         capacity: wp.int32,
         n_intervals: wp.int32,
         n_parts: wp.int32,
+        mode: wp.int32,
+        scalar_stride: wp.int32,
+        vector_stride: wp.int32,
         features_: wp.uint64,
         rows_: wp.uint64,
         table_: wp.uint64,
         geometry_: wp.uint64,
         neighbors_: wp.uint64,
         counts_: wp.uint64,
-        out_: wp.uint64,
+        embedding_: wp.uint64,
+        scalars_: wp.uint64,
+        vectors_: wp.uint64,
     ): ...
 
     def message_forward(
         # in
-        n_atoms: wp.int32,
         capacity: wp.int32,
         n_intervals: wp.int32,
         n_parts: wp.int32,
+        mode: wp.int32,  # 1: added to what is there; 2: rounded, see ROUNDING
+        scalar_stride: wp.int32,  # from atom to atom
+        vector_stride: wp.int32,
         features: wp.uint64,  # stored (n_rows, 2 or 5, n_channels)
         rows: wp.uint64,  # int32 (n_atoms,), the first block's
         table: wp.uint64,  # stored (n_intervals + degree, 2 or 3, n_channels)
         geometry: wp.uint64,  # real (n_atoms, capacity, 4)
         neighbors: wp.uint64,  # int32 (n_atoms, capacity)
         counts: wp.uint64,  # int32 (n_atoms,)
-        # out
-        sums: wp.uint64,  # real (n_parts, n_atoms, 4, n_channels)
+        embedding: wp.uint64,  # real (n_rows, n_channels), or 0
+        # out, or in and out
+        scalars: wp.uint64,  # real (n_atoms, n_channels)
+        vectors: wp.uint64,  # real (n_atoms, 3, n_channels)
     ):
         message_row(
-            wp.tid(), n_atoms, capacity, n_intervals, n_parts, features, rows, table, geometry,
-            neighbors, counts, sums,
+            wp.tid(), capacity, n_intervals, n_parts, mode, scalar_stride, vector_stride, features,
+            rows, table, geometry, neighbors, counts, embedding, scalars, vectors,
         )  # fmt: skip
 
-    return _kernel(message_forward, f"message_forward_{variant.name}")
+    bounds = None if split or variant.real == torch.float64 else (BLOCK, 4)
+    return _kernel(message_forward, f"message_forward_{variant.name}{'_split' * split}", bounds)
 
 
 @cache
-def backward_kernel(variant: Variant, with_features: bool) -> Any:
+def backward_kernel(variant: Variant, with_features: bool, split: bool) -> Any:
     """Gradients by an atom's features, and by direction and distance of what it sent."""
 
-    @wp.func_native(snippet(_BACKWARD, variant, FEATURES=with_features))
+    @wp.func_native(snippet(_BACKWARD, variant, FEATURES=with_features, SPLIT=split))
     def message_row(
         thread: wp.int32,
-        n_atoms: wp.int32,
         capacity: wp.int32,
         n_intervals: wp.int32,
         n_parts: wp.int32,
-        gradient_: wp.uint64,
+        scalars_: wp.uint64,
+        vectors_: wp.uint64,
         features_: wp.uint64,
         rows_: wp.uint64,
         table_: wp.uint64,
@@ -354,11 +434,11 @@ def backward_kernel(variant: Variant, with_features: bool) -> Any:
 
     def message_backward(
         # in
-        n_atoms: wp.int32,
         capacity: wp.int32,
         n_intervals: wp.int32,
         n_parts: wp.int32,
-        gradient: wp.uint64,  # stored (n_atoms, 4, n_channels)
+        scalars: wp.uint64,  # stored (all atoms, n_channels), gradient by the sums
+        vectors: wp.uint64,  # stored (all atoms, 3, n_channels)
         features: wp.uint64,  # stored (n_rows, 2 or 5, n_channels)
         rows: wp.uint64,  # int32 (n_atoms,), the first block's
         table: wp.uint64,  # stored (n_intervals + degree, 2 or 3, n_channels)
@@ -366,24 +446,30 @@ def backward_kernel(variant: Variant, with_features: bool) -> Any:
         neighbors: wp.uint64,  # int32 (n_atoms, capacity)
         counts: wp.uint64,  # int32 (n_atoms,)
         # out
-        by_features: wp.uint64,  # real (n_parts, n_atoms, 2 or 5, n_channels)
+        by_features: wp.uint64,  # real (n_atoms, 2 or 5, n_channels)
         # in and out
         by_slot: wp.uint64,  # real (n_atoms, capacity, 4), added to
     ):
         message_row(
-            wp.tid(), n_atoms, capacity, n_intervals, n_parts, gradient, features, rows, table,
+            wp.tid(), capacity, n_intervals, n_parts, scalars, vectors, features, rows, table,
             geometry, neighbors, counts, by_features, by_slot,
         )  # fmt: skip
 
-    suffix = "" if with_features else "_geometry"
-    return _kernel(message_backward, f"message_backward_{variant.name}{suffix}")
+    suffix = ("" if with_features else "_geometry") + "_split" * split
+    bounds = None if split or variant.real == torch.float64 else (BLOCK, 3)
+    return _kernel(message_backward, f"message_backward_{variant.name}{suffix}", bounds)
 
 
-def _kernel(function: Any, name: str) -> Any:
-    """A kernel in a module of its own: what is not used is not compiled."""
+def _kernel(function: Any, name: str, bounds: tuple[int, int] | None) -> Any:
+    """A kernel in a module of its own: what is not used is not compiled.
+
+    The bounds are threads of a block, and blocks that shall have room on a multiprocessor, so that
+    there is always something to do while others wait.
+    """
     return wp.kernel(
         function,
         name=name,
         enable_backward=False,
         module=f"mlffd_{name}",
+        launch_bounds=bounds,
     )

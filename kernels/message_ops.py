@@ -26,28 +26,93 @@ def message(
 
     Arguments and result as of `reference.message`. ``features`` and ``table`` may be float16,
     where ``geometry`` and the sums are float32. Both directions of an edge must be in the rows,
-    with opposite vectors: backward, one is read for the other. Each of ``n_parts`` groups of lanes
-    takes a part of a row: for small systems on large GPUs.
+    with opposite vectors: backward, one is read for the other. On CUDA up to ``n_parts`` groups
+    of lanes share a row: for small systems on large GPUs.
 
     Differentiable to any order in ``features``, ``table`` and ``geometry``; the first derivatives
     by features and geometry are kernels, what is beyond is computed by the reference.
     Deterministic.
     """
+    n_atoms, n_channels = neighbors.shape[0], features.shape[2]
+    sums = geometry.new_empty((n_atoms, 4, n_channels))
+    _forward(
+        features, rows, table, geometry, neighbors, counts, degree, n_parts, None, 0,
+        (sums, 4 * n_channels), (sums.flatten()[n_channels:], 4 * n_channels),
+    )  # fmt: skip
+    return sums
+
+
+def message_(
+    features: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    geometry: Tensor,
+    neighbors: Tensor,
+    counts: Tensor,
+    embedding: Tensor,
+    scalars: Tensor,
+    vectors: Tensor,
+    degree: int,
+    n_parts: int = 1,
+) -> None:
+    """`message`, added to the state of the atoms.
+
+    Where features are float16 the state is rounded to as many bits, for `product_`.
+
+    Parameters
+    ----------
+    features, rows, table, geometry, neighbors, counts, degree, n_parts
+        As of `message`.
+    embedding
+        Of the first block, scalars of each element, ``(n_rows, n_channels)``: the state is
+        written, not added to.
+    scalars
+        Of the atoms, the first columns of ``(n_atoms, 2 n_channels)``.
+    vectors
+        Of the atoms, ``(n_atoms, 3, n_channels)``.
+    """
+    n_atoms, c, device = neighbors.shape[0], features.shape[2], geometry.device
+    first, rounded = features.shape[1] == 2, features.dtype == torch.float16
+    if first:
+        require("embedding", embedding, geometry.dtype, (features.shape[0], c), device)
+    require("scalars", scalars, geometry.dtype, (n_atoms, 2 * c), device)
+    require("vectors", vectors, geometry.dtype, (n_atoms, 3, c), device)
+    _forward(
+        features, rows, table, geometry, neighbors, counts, degree, n_parts,
+        embedding if first else None, (0 if first else 1) + (2 if rounded else 0),
+        (scalars, 2 * c), (vectors, 3 * c),
+    )  # fmt: skip
+
+
+def _forward(
+    features: Tensor,
+    rows: Tensor,
+    table: Tensor,
+    geometry: Tensor,
+    neighbors: Tensor,
+    counts: Tensor,
+    degree: int,
+    n_parts: int,
+    embedding: Tensor | None,
+    mode: int,
+    scalars: tuple[Tensor, int],
+    vectors: tuple[Tensor, int],
+) -> None:
+    """Launch; scalars and vectors each with the distance from one atom's to the next one's."""
     variant = _variant(features, table, geometry, degree)
     n_atoms, capacity = _check(features, rows, table, geometry, neighbors, counts)
-    sums = torch.empty(
-        (n_parts, n_atoms, 4, variant.n_channels), dtype=variant.real, device=geometry.device
-    )
+    lanes, n_parts = _shares(variant, geometry, n_parts)
     launch(
-        kernels.forward_kernel(variant), n_parts * n_atoms * _lanes(variant, geometry),
-        geometry.device, n_atoms, capacity, table.shape[0] - degree, n_parts, features, rows,
-        table, geometry, neighbors, counts, sums,
+        kernels.forward_kernel(variant, n_parts > 1), n_atoms * n_parts * lanes, geometry.device,
+        capacity, table.shape[0] - degree, n_parts, mode, scalars[1], vectors[1], features,
+        rows, table, geometry, neighbors, counts, 0 if embedding is None else embedding,
+        scalars[0], vectors[0],
     )  # fmt: skip
-    return sums[0] if n_parts == 1 else sums.sum(0)
 
 
 def message_backward_(
-    gradient: Tensor,
+    by_scalars: Tensor,
+    by_vectors: Tensor,
     features: Tensor,
     rows: Tensor,
     table: Tensor,
@@ -55,44 +120,43 @@ def message_backward_(
     neighbors: Tensor,
     counts: Tensor,
     by_slot: Tensor,
+    by_features: Tensor,
     degree: int,
-    with_features: bool = True,
     n_parts: int = 1,
-) -> Tensor:
+) -> None:
     """Gradients of Σ gradient · message by features, and by geometry in the senders' slots.
 
     Parameters
     ----------
-    gradient
-        By the sums, shape ``(n_atoms, 4, n_channels)``, with the dtype of ``features``.
+    by_scalars, by_vectors
+        Gradient by the sums of all atoms, shapes ``(n_all, n_channels)`` and
+        ``(n_all, 3, n_channels)``, with the dtype of ``features``.
     features, rows, table, geometry, neighbors, counts, degree, n_parts
-        As of `message`.
+        As of `message`, of all atoms or of some: neighbors are counted among all of them.
     by_slot
         To this is added, in the slot (i, s) of a neighbor j, the gradient by direction and
         distance of the edge from i to j, which points along -u; shape
         ``(n_atoms, capacity, 4)``, with the dtype of ``geometry``.
-    with_features
-        Whether the gradient by the features is wanted.
-
-    Returns
-    -------
-    Tensor
-        Gradient by each atom's features, ``(n_atoms, 2 or 5, n_channels)``; empty if not wanted.
+    by_features
+        For the gradient by each atom's features, ``(n_atoms, 2 or 5, n_channels)``, with the
+        dtype of ``geometry``; no atoms if not wanted.
     """
     variant = _variant(features, table, geometry, degree)
     n_atoms, capacity = _check(features, rows, table, geometry, neighbors, counts)
-    device = geometry.device
-    require("gradient", gradient, features.dtype, (n_atoms, 4, variant.n_channels), device)
+    device, c = geometry.device, variant.n_channels
+    n_all = by_scalars.shape[0]
+    require("by_scalars", by_scalars, features.dtype, (n_all, c), device)
+    require("by_vectors", by_vectors, features.dtype, (n_all, 3, c), device)
     require("by_slot", by_slot, variant.real, (n_atoms, capacity, 4), device)
-    shape = (n_parts, n_atoms if with_features else 0, features.shape[1], variant.n_channels)
-    by_features = torch.empty(shape, dtype=variant.real, device=device)
+    wanted = by_features.shape[0] > 0
+    shape = (n_atoms if wanted else 0, features.shape[1], c)
+    require("by_features", by_features, variant.real, shape, device)
+    lanes, n_parts = _shares(variant, geometry, n_parts)
     launch(
-        kernels.backward_kernel(variant, with_features),
-        n_parts * n_atoms * _lanes(variant, geometry), device, n_atoms, capacity,
-        table.shape[0] - degree, n_parts, gradient, features, rows, table, geometry, neighbors,
-        counts, by_features, by_slot,
+        kernels.backward_kernel(variant, wanted, wanted and n_parts > 1),
+        n_atoms * n_parts * lanes, device, capacity, table.shape[0] - degree, n_parts, by_scalars,
+        by_vectors, features, rows, table, geometry, neighbors, counts, by_features, by_slot,
     )  # fmt: skip
-    return by_features[0] if n_parts == 1 else by_features.sum(0)
 
 
 def message_backward(
@@ -111,9 +175,11 @@ def message_backward(
     The gradient by the table is computed by the reference.
     """
     by_slot = torch.zeros_like(geometry)
-    by_rows = message_backward_(
-        gradient.to(features.dtype).contiguous(), features, rows, table, geometry, neighbors,
-        counts, by_slot, degree,
+    by_rows = geometry.new_empty((len(counts), *features.shape[1:]))
+    gradient = gradient.to(features.dtype)
+    message_backward_(
+        gradient[:, 0].contiguous(), gradient[:, 1:].contiguous(), features, rows, table, geometry,
+        neighbors, counts, by_slot, by_rows, degree,
     )  # fmt: skip
     by_features = by_rows.to(features.dtype)
     if features.shape[1] == 2:
@@ -144,8 +210,12 @@ def _variant(features: Tensor, table: Tensor, geometry: Tensor, degree: int) -> 
     return kernels.Variant(features.shape[2], features.shape[1] == 2, degree, real, stored)
 
 
-def _lanes(variant: kernels.Variant, tensor: Tensor) -> int:
-    return 1 if tensor.device.type == "cpu" else variant.lanes
+def _shares(variant: kernels.Variant, tensor: Tensor, n_parts: int) -> tuple[int, int]:
+    """Lanes of a group, and groups of a row: a power of two."""
+    if tensor.device.type == "cpu":
+        return 1, 1
+    n_parts = max(1, min(n_parts, variant.most_parts))
+    return variant.lanes, 1 << (n_parts.bit_length() - 1)
 
 
 def _check(
@@ -185,21 +255,8 @@ def _fake_message(
     return geometry.new_empty((neighbors.shape[0], 4, features.shape[2]))
 
 
-def _fake_backward_(
-    gradient: Tensor,
-    features: Tensor,
-    rows: Tensor,
-    table: Tensor,
-    geometry: Tensor,
-    neighbors: Tensor,
-    counts: Tensor,
-    by_slot: Tensor,
-    degree: int,
-    with_features: bool = True,
-    n_parts: int = 1,
-) -> Tensor:
-    n_atoms = neighbors.shape[0] if with_features else 0
-    return geometry.new_empty((n_atoms, features.shape[1], features.shape[2]))
+def _fake_nothing(*arguments: Any) -> None:
+    """Operators that write to what they are given."""
 
 
 def _fake_backward(gradient: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,10 +271,16 @@ define(
     _fake_message,
 )
 define(
-    f"message_backward_(Tensor gradient, {_INPUTS}Tensor counts, Tensor(a!) by_slot, int degree, "
-    "bool with_features=True, int n_parts=1) -> Tensor",
+    f"message_({_INPUTS}Tensor counts, Tensor embedding, Tensor(a!) scalars, Tensor(b!) vectors, "
+    "int degree, int n_parts=1) -> ()",
+    message_,
+    _fake_nothing,
+)
+define(
+    f"message_backward_(Tensor by_scalars, Tensor by_vectors, {_INPUTS}Tensor counts, "
+    "Tensor(a!) by_slot, Tensor(b!) by_features, int degree, int n_parts=1) -> ()",
     message_backward_,
-    _fake_backward_,
+    _fake_nothing,
 )
 define(
     f"message_backward(Tensor gradient, {_INPUTS}Tensor reverse, Tensor counts, int degree) "

@@ -1,7 +1,7 @@
 """Rows of neighbors for each atom, and where each edge's other direction is.
 
-Boxes and bins take a thread for each system or atom, rows a thread for each atom, and the other
-directions one for each slot.
+Boxes and bins take a thread for each system or atom, rows a group of lanes for each atom, and the
+other directions a thread for each slot.
 
 An image (n₀, n₁, n₂) of the sender is packed into one int64, 21 bits each, offset by 2²⁰.
 Rows are sorted by sender and image, so that the other direction is found by bisection. Whatever
@@ -113,6 +113,13 @@ _BINS = """
 """
 
 _ROWS = """
+    // on CUDA a warp owns an atom: each lane tests a candidate, and those that are near queue up
+#if defined(__CUDA_ARCH__)
+    constexpr int LANES = 32;
+#else
+    constexpr int LANES = 1;
+#endif
+    const int lane = thread % LANES, local = thread / LANES, atom = first_atom + local;
     const int s = ((const int*)system_)[atom];
     const int* grid = (const int*)grid_ + 7 * s;
     const unsigned char* pbc = (const unsigned char*)pbc_ + 3 * s;
@@ -121,8 +128,8 @@ _ROWS = """
     const int* wraps = (const int*)wraps_;
     const int* order = (const int*)order_;
     const int* starts = (const int*)starts_;
-    int* neighbors = (int*)neighbors_ + (long long)atom * capacity;
-    long long* images = (long long*)images_ + (long long)atom * capacity;
+    int* queue = (int*)queue_ + (long long)local * capacity;
+    long long* queued_images = (long long*)queued_images_ + (long long)local * capacity;
     const int flat = ((const int*)bins_)[atom] - grid[6];
     const int b[3] = {flat / (grid[1] * grid[2]), (flat / grid[2]) % grid[1], flat % grid[2]};
     int found = 0;
@@ -137,39 +144,65 @@ _ROWS = """
             wrapped[k] = target - shift[k] * grid[k];
             inside = inside && (pbc[k] || shift[k] == 0);
         }
-        if (!inside) continue;
+        if (!inside) continue;  // the same for all lanes
         const int bin = grid[6] + (wrapped[0] * grid[1] + wrapped[1]) * grid[2] + wrapped[2];
-        for (int nth = starts[bin]; nth < starts[bin + 1]; ++nth) {
-            const int j = order[nth];
-            long long n[3];
-            for (int k = 0; k < 3; ++k) n[k] = (long long)shift[k] + wraps[3 * atom + k]
-                                               - wraps[3 * j + k];
-            double square = 0.0;
-            for (int k = 0; k < 3; ++k) {
-                const double r = x[3 * j + k] - x[3 * atom + k]
-                    + ((double)n[0] * box[k] + (double)n[1] * box[3 + k]
-                       + (double)n[2] * box[6 + k]);
-                square += r * r;
-            }
-            if (!(square < width * width)) continue;
-            if (j == atom && n[0] == 0 && n[1] == 0 && n[2] == 0) continue;
-            const long long image = (n[0] + 0x100000) | ((n[1] + 0x100000) << 21)
-                                    | ((n[2] + 0x100000) << 42);
-            if (found < capacity) {  // sorted as it grows
-                int place = found;
-                while (place > 0 && (neighbors[place - 1] > j
-                       || (neighbors[place - 1] == j && images[place - 1] > image))) {
-                    neighbors[place] = neighbors[place - 1];
-                    images[place] = images[place - 1];
-                    --place;
+        const int end = starts[bin + 1];
+        for (int from = starts[bin]; from < end; from += LANES) {
+            bool near = from + lane < end;
+            int j = 0;
+            long long image = 0;
+            if (near) {
+                j = order[from + lane];
+                long long n[3];
+                for (int k = 0; k < 3; ++k) n[k] = (long long)shift[k] + wraps[3 * atom + k]
+                                                   - wraps[3 * j + k];
+                double square = 0.0;
+                for (int k = 0; k < 3; ++k) {
+                    const double r = x[3 * j + k] - x[3 * atom + k]
+                        + ((double)n[0] * box[k] + (double)n[1] * box[3 + k]
+                           + (double)n[2] * box[6 + k]);
+                    square += r * r;
                 }
-                neighbors[place] = j;
-                images[place] = image;
+                near = square < width * width
+                       && !(j == atom && n[0] == 0 && n[1] == 0 && n[2] == 0);
+                image = (n[0] + 0x100000) | ((n[1] + 0x100000) << 21)
+                        | ((n[2] + 0x100000) << 42);
             }
-            ++found;
+#if defined(__CUDA_ARCH__)
+            const unsigned all = __ballot_sync(~0u, near);
+            const int place = found + __popc(all & ((1u << lane) - 1u)), more = __popc(all);
+#else
+            const int place = found, more = near ? 1 : 0;
+#endif
+            if (near && place < capacity) {
+                queue[place] = j;
+                queued_images[place] = image;
+            }
+            found += more;
         }
     }
-    ((int*)counts_)[atom] = found;  // more than the capacity: overflow
+#if defined(__CUDA_ARCH__)
+    __syncwarp();
+#endif
+    // sorted by neighbor and image: the place of each is the number of those before it
+    int* neighbors = (int*)neighbors_ + (long long)atom * capacity;
+    long long* images = (long long*)images_ + (long long)atom * capacity;
+    const int n_kept = found < capacity ? found : capacity;
+    for (int e = lane; e < n_kept; e += LANES) {
+        const int j = queue[e];
+        int place = 0, n_same = 0;
+        for (int q = 0; q < n_kept; ++q) {
+            place += queue[q] < j ? 1 : 0;
+            n_same += queue[q] == j ? 1 : 0;
+        }
+        const long long image = queued_images[e];
+        if (n_same > 1)
+            for (int q = 0; q < n_kept; ++q)
+                if (queue[q] == j && queued_images[q] < image) ++place;
+        neighbors[place] = j;
+        images[place] = image;
+    }
+    if (lane == 0) ((int*)counts_)[atom] = found;  // more than the capacity: overflow
 """
 
 _REVERSE = """
@@ -309,7 +342,8 @@ def find_bins(
 
 @wp.func_native(_ROWS)
 def _row(
-    atom: wp.int32,
+    thread: wp.int32,
+    first_atom: wp.int32,
     capacity: wp.int32,
     width: wp.float64,
     positions_: wp.uint64,
@@ -321,6 +355,8 @@ def _row(
     bins_: wp.uint64,
     order_: wp.uint64,
     starts_: wp.uint64,
+    queue_: wp.uint64,
+    queued_images_: wp.uint64,
     neighbors_: wp.uint64,
     images_: wp.uint64,
     counts_: wp.uint64,
@@ -330,6 +366,7 @@ def _row(
 @_kernel
 def fill_rows(
     # in
+    first_atom: wp.int32,
     capacity: wp.int32,
     width: wp.float64,
     positions: wp.uint64,  # float64 (n_atoms, 3)
@@ -341,6 +378,9 @@ def fill_rows(
     bins: wp.uint64,  # int32 (n_atoms,)
     order: wp.uint64,  # int32 (n_atoms,), atoms by bin
     starts: wp.uint64,  # int32 (n_bins + 1,), where in the order each bin starts
+    # room for the atoms of this launch
+    queue: wp.uint64,  # int32 (n, capacity)
+    queued_images: wp.uint64,  # int64 (n, capacity)
     # out
     neighbors: wp.uint64,  # int32 (n_atoms, capacity)
     images: wp.uint64,  # int64 (n_atoms, capacity)
@@ -348,8 +388,8 @@ def fill_rows(
 ):
     """Everything closer to an atom than the width."""
     _row(
-        wp.tid(), capacity, width, positions, cell, pbc, system, wraps, grid, bins, order, starts,
-        neighbors, images, counts,
+        wp.tid(), first_atom, capacity, width, positions, cell, pbc, system, wraps, grid, bins,
+        order, starts, queue, queued_images, neighbors, images, counts,
     )  # fmt: skip
 
 

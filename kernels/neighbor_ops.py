@@ -7,6 +7,9 @@ from openmm_mlffd.kernels import neighbor_kernels as kernels
 from openmm_mlffd.kernels.launch import launch
 from openmm_mlffd.kernels.library import define, require
 
+_CUDA_LANES = 32
+_AT_ONCE = 8192  # atoms whose rows are filled by one launch, which needs as many rows of room
+
 
 class NeighborOverflow(RuntimeError):
     """Atoms have more neighbors than there is room for in a neighbor list."""
@@ -64,8 +67,65 @@ def neighbor_rows(
     Nothing waits for the device. That periodic boxes have a volume is not checked: rows of others
     are unusable.
     """
-    n_atoms, n_systems, device = positions.shape[0], cell.shape[0], positions.device
+    shape, device = (positions.shape[0], capacity), positions.device
+    neighbors = torch.empty(shape, dtype=torch.int32, device=device)
+    images = torch.empty(shape, dtype=torch.int64, device=device)
+    reverse = torch.empty_like(neighbors)
+    counts = neighbors.new_empty(shape[0])
+    neighbor_rows_(
+        positions, cell, pbc, system, first, width, binned, neighbors, images, reverse, counts
+    )
+    return neighbors, images, reverse, counts
+
+
+def neighbor_rows_(
+    positions: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    system: Tensor,
+    first: Tensor,
+    width: float,
+    binned: bool,
+    neighbors: Tensor,
+    images: Tensor,
+    reverse: Tensor,
+    counts: Tensor,
+) -> None:
+    """`neighbor_rows`, written to rows that are given."""
+    (n_atoms, capacity), device = neighbors.shape, positions.device
     _check(positions, cell, pbc, system, first)
+    for name, tensor in (("neighbors", neighbors), ("reverse", reverse)):
+        require(name, tensor, torch.int32, (n_atoms, capacity), device)
+    require("images", images, torch.int64, (n_atoms, capacity), device)
+    require("counts", counts, torch.int32, (n_atoms,), device)
+    wraps, grid, bins, order, starts = _bins(positions, cell, pbc, system, first, width, binned)
+    lanes, n_at_once = (1 if device.type == "cpu" else _CUDA_LANES), min(n_atoms, _AT_ONCE)
+    queue = torch.empty((n_at_once, capacity), dtype=torch.int32, device=device)
+    queued_images = torch.empty((n_at_once, capacity), dtype=torch.int64, device=device)
+    for start in range(0, n_atoms, _AT_ONCE):
+        n_threads = min(_AT_ONCE, n_atoms - start) * lanes
+        launch(
+            kernels.fill_rows, n_threads, device, start, capacity, width, positions, cell, pbc,
+            system, wraps, grid, bins, order, starts, queue, queued_images, neighbors, images,
+            counts,
+        )  # fmt: skip
+    launch(
+        kernels.find_reverse, n_atoms * capacity, device, capacity, neighbors, images, counts,
+        reverse,
+    )  # fmt: skip
+
+
+def _bins(
+    positions: Tensor,
+    cell: Tensor,
+    pbc: Tensor,
+    system: Tensor,
+    first: Tensor,
+    width: float,
+    binned: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Wraps, grids, bins of the atoms, atoms by bin, and where in that order each bin starts."""
+    n_atoms, n_systems, device = positions.shape[0], cell.shape[0], positions.device
 
     def empty(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -74,8 +134,10 @@ def neighbor_rows(
     launch(kernels.complete_boxes, n_systems, device, cell, pbc, inverse, heights)
     wraps, fractions = empty(n_atoms, 3, dtype=torch.int32), empty(n_atoms, 3)
     launch(kernels.wrap_atoms, n_atoms, device, positions, system, pbc, inverse, wraps, fractions)
-    low, high = _extent(fractions, system, n_systems) if binned else (heights, heights)
-    low, high = low.clone(), high.clone()
+    if binned:
+        low, high = _extent(fractions, system, n_systems)
+    else:
+        low, high = empty(n_systems, 3), empty(n_systems, 3)  # not read, but written
     grid = empty(n_systems, 7, dtype=torch.int32)
     launch(
         kernels.lay_grids, n_systems, device, int(binned), width, pbc, heights, first, low, high,
@@ -89,20 +151,7 @@ def neighbor_rows(
     else:  # a bin for each system, and atoms are sorted by system
         by_bin, order = bins, numbers[:n_atoms]
     starts = torch.searchsorted(by_bin, numbers, out_int32=True)
-
-    neighbors = empty(n_atoms, capacity, dtype=torch.int32)
-    images = empty(n_atoms, capacity, dtype=torch.int64)
-    reverse = empty(n_atoms, capacity, dtype=torch.int32)
-    counts = empty(n_atoms, dtype=torch.int32)
-    launch(
-        kernels.fill_rows, n_atoms, device, capacity, width, positions, cell, pbc, system, wraps,
-        grid, bins, order.to(torch.int32), starts, neighbors, images, counts,
-    )  # fmt: skip
-    launch(
-        kernels.find_reverse, n_atoms * capacity, device, capacity, neighbors, images, counts,
-        reverse,
-    )  # fmt: skip
-    return neighbors, images, reverse, counts
+    return wraps, grid, bins, order.to(torch.int32), starts
 
 
 def unpack_images(images: Tensor) -> Tensor:
@@ -167,4 +216,11 @@ define(
     "float width, int capacity, bool binned) -> (Tensor, Tensor, Tensor, Tensor)",
     neighbor_rows,
     _fake,
+)
+define(
+    "neighbor_rows_(Tensor positions, Tensor cell, Tensor pbc, Tensor system, Tensor first, "
+    "float width, bool binned, Tensor(a!) neighbors, Tensor(b!) images, Tensor(c!) reverse, "
+    "Tensor(d!) counts) -> ()",
+    neighbor_rows_,
+    lambda *_: None,
 )

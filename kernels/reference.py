@@ -335,3 +335,35 @@ def _used_slots(
     used = (slots < counts[:, None]) & (geometry[:, :, 3] >= 0)
     receiver, slot = used.nonzero(as_tuple=True)
     return receiver, slot, neighbors[receiver, slot].long()
+
+
+def node_norms(uv: Tensor, softening: float) -> Tensor:
+    """Softened norms of v, of projections (u, v) with the shape ``(m, 3, 2c)``."""
+    return torch.sqrt(uv[:, :, uv.shape[2] // 2 :].square().sum(dim=1) + softening)
+
+
+def node_mix(
+    uv: Tensor, a: Tensor, bias: Tensor, q: Tensor, mu: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """PaiNN's update: q + a_ss + a_sv u·v, and μ + a_vv u where there are vectors."""
+    u, v = uv.chunk(2, dim=2)
+    parts = (a + bias).split(u.shape[2], dim=1)
+    scalars = q + parts[0] + parts[1] * (u * v).sum(dim=1)
+    return scalars, None if mu is None else mu + parts[2].unsqueeze(1) * u
+
+
+def node_features(phi: Tensor, bias: Tensor, mu: Tensor) -> Tensor:
+    """Features for the neighbors (x, y, φ μ) from (x, y, φ), shape ``(m, 5, c)``."""
+    x, y, scale = (phi + bias).chunk(3, dim=1)
+    return torch.cat([torch.stack([x, y], dim=1), scale.unsqueeze(1) * mu], dim=1)
+
+
+def node_readout(
+    hidden: Tensor, bias: Tensor, weight: Tensor, scale: float, bound: float
+) -> Tensor:
+    """Energy of each atom, bent beyond the bound; see `node_ops.node_readout_`."""
+    energy = scale * (torch.nn.functional.silu(hidden + bias) @ weight[:-1] + weight[-1])
+    if bound == 0.0:
+        return energy
+    bent = bound + 0.5 * bound * torch.tanh((energy.abs() - bound) / (0.5 * bound))
+    return torch.where(energy.abs() < bound, energy, energy.sign() * bent)

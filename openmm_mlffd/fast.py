@@ -3,9 +3,9 @@
 The same function as `Potential`, but that filters come from a spline. Written for TorchScript:
 the module can be scripted, and its operators are those of `openmm_mlffd.kernels`.
 
-A state is what an atom knows, scalars q and vectors μ, as rows (q, μx, μy, μz) of shape
-(n_atoms, 4, n_channels). Forward, the states between messages are kept and nothing else; backward,
-what is between them is computed again (`remember` keeps it, for speed where memory is no matter).
+What happens between messages is in `blocks`. Forward, the states between messages are kept and
+little else; backward, what is between them is computed again, a chunk of atoms at a time
+(`remember` keeps it, for speed where memory is no matter).
 """
 
 from typing import NamedTuple
@@ -13,20 +13,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from openmm_mlffd.blocks import (
+    Block,
+    Kept,
+    Mix,
+    Product,
+    Space,
+    feature_room,
+    first_of,
+    part,
+    part_of,
+    room_for,
+    space_for,
+)
 from openmm_mlffd.filters import tabulate
-from openmm_mlffd.kernels import ops  # noqa: F401 (registers torch.ops.mlffd)
-from openmm_mlffd.painn import Interaction, Mixing, PaiNN
+from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.potential import Potential, Prediction
 from openmm_mlffd.radial import SOFTENING
 
 PRECISIONS = ("single", "mixed", "double")
 """Arithmetic of the network. Mixed: features and tables are gathered in half precision."""
 
-_TABLES = {"single": (192, 5), "mixed": (64, 5), "double": (1024, 7)}
-"""Intervals and degree of the filters' splines for up to 20 radial functions. Slopes of finer or
-lower ones suffer from rounding in float32 more than they gain."""
+_TABLES = {"single": (128, 5), "mixed": (96, 3), "double": (1024, 7)}
+"""Intervals and degree of the filters' splines for up to 20 radial functions. A lower degree is
+less work at each edge, and fewer intervals stay in the caches; but with too many intervals slopes
+suffer from rounding, and of degree 3 single precision would need them."""
 _SHORTEST_SEEN = 5.0 / 7.0
 """Compressed distances are at least this share of the core, see `radial.compress_core`."""
+
+_CHUNK = 8192
+"""Beyond what is remembered, as many atoms are between messages at once: their numbers stay in the
+caches of a GPU, and of what is computed with them only the states need memory for all atoms."""
+
+_CHUNKS_TO_REMEMBER = 8
+"""From as many chunks on there is room to remember one block."""
 
 _ENOUGH_ROWS = 4096
 """On CUDA, the rows of fewer atoms than this are split among up to eight groups of lanes."""
@@ -60,133 +80,6 @@ class Rows(NamedTuple):
     """Number of neighbors of each atom, shape (n_atoms,), int32."""
 
 
-class _Linear(nn.Module):
-    """An affine map whose derivative is written out."""
-
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(self, layer: nn.Linear, n_out: int, like: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("weight", layer.weight[:n_out].detach().to(like).contiguous())
-        bias = layer.weight.new_zeros(n_out) if layer.bias is None else layer.bias[:n_out]
-        self.register_buffer("bias", bias.detach().to(like).contiguous())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addmm(self.bias, x, self.weight.t())
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        return gradient @ self.weight
-
-
-class _Perceptron(nn.Module):
-    """Two affine maps with a SiLU between them."""
-
-    def __init__(self, layers: nn.Sequential, n_out: int, like: Tensor) -> None:
-        super().__init__()
-        inner, outer = layers[0], layers[2]
-        assert isinstance(inner, nn.Linear)
-        assert isinstance(outer, nn.Linear)
-        self.inner = _Linear(inner, inner.out_features, like)
-        self.outer = _Linear(outer, n_out, like)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Values, and what `backward` needs."""
-        hidden = self.inner(x)
-        return self.outer(nn.functional.silu(hidden)), hidden
-
-    def backward(self, gradient: Tensor, hidden: Tensor) -> Tensor:
-        return self.inner.backward(
-            torch.ops.aten.silu_backward(self.outer.backward(gradient), hidden)
-        )
-
-
-class _Mix(nn.Module):
-    """`Mixing` on states; without new vectors where they are not used any more."""
-
-    project: Tensor
-
-    def __init__(self, mixing: Mixing, last: bool, like: Tensor) -> None:
-        super().__init__()
-        self.n_channels = mixing.n_channels
-        self.softening = mixing.softening
-        self.last = last
-        self.register_buffer("project", mixing.project.weight.detach().to(like).t().contiguous())
-        self.context = _Perceptron(mixing.context, (2 if last else 3) * self.n_channels, like)
-
-    def forward(self, state: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """New state (new scalars, if last), and what `backward` needs."""
-        n, c = state.shape[0], self.n_channels
-        uv = torch.mm(state[:, 1:].reshape(3 * n, c), self.project).view(n, 3, 2 * c)
-        u, v = uv[:, :, :c], uv[:, :, c:]
-        norm = torch.sqrt(v.square().sum(dim=1) + self.softening)
-        a, hidden = self.context(torch.cat([state[:, 0], norm], dim=1))
-        dot = (u * v).sum(dim=1)
-        scalars = torch.addcmul(state[:, 0] + a[:, :c], a[:, c : 2 * c], dot)
-        kept = [uv, norm, a, hidden, dot]
-        if self.last:
-            return scalars, kept
-        vectors = torch.addcmul(state[:, 1:], a[:, 2 * c :].unsqueeze(1), u)
-        return torch.cat([scalars.unsqueeze(1), vectors], dim=1), kept
-
-    def backward(self, by_scalars: Tensor, by_vectors: Tensor, kept: list[Tensor]) -> Tensor:
-        """Gradient by the state, from that by the new one; no vectors, if last."""
-        c = self.n_channels
-        uv, norm, a, hidden, dot = kept
-        u, v = uv[:, :, :c], uv[:, :, c:]
-        by_a = [by_scalars, by_scalars * dot]
-        if not self.last:
-            by_a.append((by_vectors * u).sum(dim=1))
-        by_input = self.context.backward(torch.cat(by_a, dim=1), hidden)
-        by_dot = (by_scalars * a[:, c : 2 * c]).unsqueeze(1)
-        by_norm = (by_input[:, c:] / norm).unsqueeze(1)
-        by_u = by_dot * v
-        by_v = torch.addcmul(by_dot * u, by_norm, v)
-        if not self.last:
-            by_u = torch.addcmul(by_u, a[:, 2 * c :].unsqueeze(1), by_vectors)
-        by_uv = torch.cat([by_u, by_v], dim=2)
-        n = by_uv.shape[0]
-        through = torch.mm(by_uv.view(3 * n, 2 * c), self.project.t()).view(n, 3, c)
-        if not self.last:
-            through = through + by_vectors
-        by_state = (by_scalars + by_input[:, :c]).unsqueeze(1)
-        return torch.cat([by_state, through], dim=1)
-
-
-class _Block(nn.Module):
-    """From one message to the next: mixing, then the context of the next block's features."""
-
-    table: Tensor
-
-    def __init__(self, mixing: Mixing, following: Interaction, table: Tensor, like: Tensor) -> None:
-        super().__init__()
-        self.n_channels = mixing.n_channels
-        self.mixing = _Mix(mixing, False, like)
-        self.context = _Perceptron(following.context, 3 * mixing.n_channels, like)
-        self.register_buffer("table", table.view(table.shape[0], 3, -1).contiguous())
-
-    def forward(self, state: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """New state, features for its neighbors, and what `backward` needs."""
-        c = self.n_channels
-        new, kept = self.mixing(state)
-        phi, hidden = self.context(new[:, 0])
-        scaled = new[:, 1:] * phi[:, 2 * c :].unsqueeze(1)
-        features = torch.cat([phi[:, : 2 * c].view(-1, 2, c), scaled], dim=1)
-        kept.extend([new, phi, hidden])
-        return new, features.to(self.table.dtype), kept
-
-    def backward(self, by_new: Tensor, by_features: Tensor, kept: list[Tensor]) -> Tensor:
-        """Gradient by the state, from those by the new state and by the features."""
-        c = self.n_channels
-        new, phi, hidden = kept[5], kept[6], kept[7]
-        by_scaled = by_features[:, 2:]
-        by_scale = (new[:, 1:] * by_scaled).sum(dim=1)
-        by_phi = torch.cat([by_features[:, :2].reshape(-1, 2 * c), by_scale], dim=1)
-        by_vectors = torch.addcmul(by_new[:, 1:], phi[:, 2 * c :].unsqueeze(1), by_scaled)
-        by_scalars = by_new[:, 0] + self.context.backward(by_phi, hidden)
-        return self.mixing.backward(by_scalars, by_vectors, kept[:5])
-
-
 class FastPotential(nn.Module):
     """A student for evaluation only.
 
@@ -213,6 +106,8 @@ class FastPotential(nn.Module):
     pairs: Tensor
     limits: Tensor
     references: Tensor
+    readout_bias: Tensor
+    of_energy: Tensor
 
     def __init__(
         self, potential: Potential, *, precision: str = "single", remember: bool = True
@@ -227,13 +122,15 @@ class FastPotential(nn.Module):
                 "plain torch (engine='eager' or 'auto')"
             )
         real = torch.float64 if precision == "double" else torch.float32
+        reduced = precision == "mixed"
         like = torch.zeros((), dtype=real, device=device)
         stored = torch.float16 if precision == "mixed" else real
         n_intervals, self.degree = _TABLES[precision]
         n_intervals *= -(-network.basis.n_basis // 20)  # more waves, more knots
         self.in_double, self.remember = precision == "double", remember
+        self.n_channels = network.n_channels
+        self.chunk, self.enough_chunks = _CHUNK, _CHUNKS_TO_REMEMBER
         self.enough_rows = _ENOUGH_ROWS
-        self.never = False
         self.cutoff, self.softening = potential.cutoff, SOFTENING
         self.shortest = _SHORTEST_SEEN * potential.smallest_core
         if not self.shortest < self.cutoff:
@@ -254,13 +151,17 @@ class FastPotential(nn.Module):
         )
         mixings, later = list(network.mixings), list(network.interactions)[1:]
         blocks = [
-            _Block(mixing, following, table, like)  # type: ignore[arg-type]
+            Block(mixing, following, table, like, reduced)  # type: ignore[arg-type]
             for mixing, following, table in zip(mixings[:-1], later, tables[1:], strict=True)
         ]
         self.blocks = nn.ModuleList(blocks)
         self.backwards = nn.ModuleList(blocks[::-1])  # TorchScript cannot reverse the other
-        self.mixing = _Mix(mixings[-1], True, like)  # type: ignore[arg-type]
-        self.readout = _Perceptron(network.readout, 1, like)
+        self.mixing = Mix(mixings[-1], True, like, reduced)  # type: ignore[arg-type]
+        inner, outer = network.readout[0], network.readout[2]
+        self.readout = Product(inner.weight, like, reduced)  # type: ignore[arg-type]
+        self.register_buffer("readout_bias", inner.bias.detach().to(like).contiguous())  # type: ignore[operator]
+        of_energy = torch.cat([outer.weight[0], outer.bias])  # type: ignore[index,list-item]
+        self.register_buffer("of_energy", of_energy.detach().to(like))
         self._constants(potential, device)
 
     def _constants(self, potential: Potential, device: torch.device) -> None:
@@ -282,90 +183,168 @@ class FastPotential(nn.Module):
 
     def forward(self, rows: Rows, with_virial: bool = True) -> Prediction:
         """Energy, forces, virial (zeros if not wanted) and energy of each atom."""
-        if self.never:  # the first that a stored module asks for, see kernels/ops.py
-            with_virial = torch.ops.mlffd.import_openmm_mlffd_kernels_ops_first(with_virial)
-        geometry, crowded = torch.ops.mlffd.edge_geometry(
+        geometry, by_slot, crowded = torch.ops.mlffd.edge_geometry(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, self.limits,
             rows.neighbors, rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
             self.per_interval, self.strength, self.softness, self.in_double,
         )  # fmt: skip
-        learned, by_slot = self.network(rows, geometry)
-        totals = torch.ops.mlffd.edge_forces(
+        learned = self.network(rows, geometry, by_slot)
+        forces, terms = torch.ops.mlffd.edge_forces(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
-            rows.images, rows.reverse, rows.counts, by_slot, crowded, self.cutoff, self.softening,
-            self.per_interval, with_virial,
+            rows.images, rows.reverse, rows.counts, by_slot, crowded, learned, self.references,
+            self.cutoff, self.softening, self.per_interval, with_virial,
         )  # fmt: skip
-        references = self.references.index_select(0, rows.species)
-        atom_energies = learned + totals[:, 3] + references
-        n_systems = rows.cell.shape[0]
-        sums = torch.cat([atom_energies.unsqueeze(1), totals[:, 4:]], dim=1)
-        if n_systems == 1:
-            sums = sums.sum(dim=0, keepdim=True)
-        else:
-            lengths = torch.bincount(rows.system, minlength=n_systems)
-            sums = torch.segment_reduce(sums, "sum", lengths=lengths, axis=0, initial=0.0)
-        xx, yy, zz, yz, xz, xy = sums[:, 1:].unbind(1)
-        virial = torch.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], dim=1).view(n_systems, 3, 3)
-        return Prediction(sums[:, 0], totals[:, :3], virial, atom_energies)
+        energy, virial = torch.ops.mlffd.system_sums(terms, rows.system, rows.cell.shape[0])
+        return Prediction(energy, forces, virial, terms[0])
 
-    def network(self, rows: Rows, geometry: Tensor) -> tuple[Tensor, Tensor]:
-        """The network's energy of each atom [eV], and its gradient by the edges, by slot."""
-        neighbors, reverse, counts = rows.neighbors, rows.reverse, rows.counts
-        n_parts = 1
-        if geometry.is_cuda:
-            n_parts = min(8, max(1, self.enough_rows // max(1, counts.shape[0])))
-        state = torch.ops.mlffd.message(
-            self.first, rows.species, self.table, geometry, neighbors, reverse, counts,
-            self.degree, n_parts,
+    def parts(self, geometry: Tensor) -> int:
+        """Groups of lanes for each row."""
+        if not geometry.is_cuda:
+            return 1
+        return min(8, max(1, self.enough_rows // max(1, geometry.shape[0])))
+
+    def network(self, rows: Rows, geometry: Tensor, by_slot: Tensor) -> Tensor:
+        """The network's energy of each atom [eV]; its gradient by the edges is added by slot."""
+        like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
+        # chunks of the same size; as many of the last blocks are remembered as there is room for
+        size, n_kept = max(1, n), len(self.blocks)
+        if not self.remember:
+            size = -(-size // -(-size // self.chunk))
+            n_kept = 1 if n >= self.enough_chunks * self.chunk else 0
+        space, shared = space_for(size, c, like), room_for(size, c, like)
+        qs, mus, sent, kept = self.forth(rows, geometry, space, shared, size, n_kept)
+        # nothing here may hold what the others have used up
+        learned, by_q = self.energies(qs.pop(), mus[-1], space, shared, size)
+        self.back(
+            rows, geometry, by_slot, by_q, mus.pop(), qs, mus, sent, kept, space, shared, size
+        )
+        return learned
+
+    def forth(
+        self, rows: Rows, geometry: Tensor, space: Space, shared: Kept, size: int, n_kept: int
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Kept]]:
+        """All messages.
+
+        Returns
+        -------
+        qs
+            Scalars of the states that are computed again from them, and of the last one.
+        mus
+            Vectors of all states.
+        sent, kept
+            Features and what else is kept of the last ``n_kept`` blocks.
+        """
+        like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
+        q, mu = like.new_empty([n, 2 * c]), like.new_empty([n, 3, c])
+        torch.ops.mlffd.message_(
+            self.first, rows.species, self.table, geometry, rows.neighbors, rows.counts,
+            self.embedding, q, mu, self.degree, self.parts(geometry),
         )  # fmt: skip
-        state[:, 0] += self.embedding.index_select(0, rows.species)
-        states: list[Tensor] = []
+        mus: list[Tensor] = []
+        qs: list[Tensor] = []
         sent: list[Tensor] = []
-        kept: list[list[Tensor]] = []
-        for block in self.blocks:
-            states.append(state)
-            new, features, more = block(state)
-            if self.remember:
-                kept.append(more)
+        kept: list[Kept] = []
+        n_forgotten = len(self.blocks) - n_kept
+        for k, block in enumerate(self.blocks):
+            remembered = k >= n_forgotten
+            room = room_for(n, c, like) if remembered else shared
+            features = feature_room(n, self.table, like)
+            # what is remembered is not computed again from the scalars
+            new_q = q if remembered else torch.empty_like(q)
+            new_mu = torch.empty_like(mu)
+            for start in range(0, n, size):
+                m = min(size, n - start)
+                block(
+                    part(q, start, m), part(mu, start, m),
+                    part_of(room, start if remembered else 0, m), first_of(space, m),
+                    part(new_q, start, m), part(new_mu, start, m), part(features, start, m),
+                )  # fmt: skip
+            torch.ops.mlffd.message_(
+                features, rows.species, block.table, geometry, rows.neighbors, rows.counts,
+                self.embedding, new_q, new_mu, self.degree, self.parts(geometry),
+            )  # fmt: skip
+            mus.append(mu)
+            if remembered:
                 sent.append(features)
-            state = new + torch.ops.mlffd.message(
-                features, rows.species, block.table, geometry, neighbors, reverse, counts,
-                self.degree, n_parts,
-            )  # fmt: skip
-        learned, gradient = self.energies(state)
-        by_slot = torch.zeros_like(geometry)
-        k = len(states)
-        for block in self.backwards:
-            k -= 1
-            if self.remember:
-                more, features = kept[k], sent[k]
+                kept.append(room)
             else:
-                _, features, more = block(states[k])
-            table: Tensor = block.table  # type: ignore[assignment]
-            by_features = torch.ops.mlffd.message_backward_(
-                gradient.to(table.dtype), features, rows.species, table, geometry,
-                neighbors, counts, by_slot, self.degree, True, n_parts,
-            )  # fmt: skip
-            gradient = block.backward(gradient, by_features, more)  # type: ignore[operator]
-        torch.ops.mlffd.message_backward_(
-            gradient.to(self.table.dtype), self.first, rows.species, self.table, geometry,
-            neighbors, counts, by_slot, self.degree, False, n_parts,
-        )  # fmt: skip
-        return learned, by_slot
+                qs.append(q)
+            q, mu = new_q, new_mu
+        qs.append(q)
+        mus.append(mu)
+        return qs, mus, sent, kept
 
-    def energies(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Energy of each atom [eV] from its last state, and the gradient of their sum by it."""
-        scalars, kept = self.mixing(state)
-        out, hidden = self.readout(scalars)
-        energies = out.squeeze(1).to(torch.float64) * self.energy_scale
-        slope = torch.full_like(energies, self.energy_scale)
-        if self.energy_bound > 0:  # as `soft_bound`, with its derivative
-            width = 0.5 * self.energy_bound
-            size = energies.abs()
-            bent = torch.tanh((size - self.energy_bound) / width)
-            within = size < self.energy_bound
-            beyond = torch.sign(energies) * (self.energy_bound + width * bent)
-            energies = torch.where(within, energies, beyond)
-            slope = torch.where(within, slope, slope * (1.0 - bent * bent))
-        by_scalars = self.readout.backward(slope.to(out.dtype).unsqueeze(1), hidden)
-        return energies, self.mixing.backward(by_scalars, by_scalars, kept)
+    def back(
+        self, rows: Rows, geometry: Tensor, by_slot: Tensor, by_q: Tensor, by_mu: Tensor,
+        qs: list[Tensor], mus: list[Tensor], sent: list[Tensor], kept: list[Kept], space: Space,
+        shared: Kept, size: int,
+    ) -> None:  # fmt: skip
+        """From the gradient by the last state to that by the edges; uses up what `forth` gave."""
+        n, n_parts = by_q.shape[0], self.parts(geometry)
+        for block in self.backwards:
+            sent_q, sent_mu = self.sent(by_q, by_mu)
+            # the gradient by the vectors in the place of the vectors, whose last use this is
+            mu, by_old_q = mus.pop(), torch.empty_like(by_q)
+            remembered = len(kept) > 0
+            room = kept.pop() if remembered else shared
+            features = sent.pop() if remembered else feature_room(size, self.table, self.embedding)
+            q = by_q if remembered else qs.pop()
+            for start in range(0, n, size):
+                m = min(size, n - start)
+                offset = start if remembered else 0
+                here, now = part_of(room, offset, m), first_of(space, m)
+                its_mu, its_features = part(mu, start, m), part(features, offset, m)
+                if not remembered:
+                    block(part(q, start, m), its_mu, here, now, now.q, now.mu, its_features)
+                torch.ops.mlffd.message_backward_(
+                    sent_q, sent_mu, its_features, part(rows.species, start, m), block.table,
+                    part(geometry, start, m), part(rows.neighbors, start, m),
+                    part(rows.counts, start, m), part(by_slot, start, m), now.by_features,
+                    self.degree, n_parts,
+                )  # fmt: skip
+                block.backward(  # type: ignore[operator]
+                    its_mu, here, now, part(by_q, start, m), part(by_mu, start, m),
+                    part(by_old_q, start, m), its_mu,
+                )  # fmt: skip
+            by_q, by_mu = by_old_q, mu
+        sent_q, sent_mu = self.sent(by_q, by_mu)
+        torch.ops.mlffd.message_backward_(
+            sent_q, sent_mu, self.first, rows.species, self.table, geometry, rows.neighbors,
+            rows.counts, by_slot, geometry.new_empty([0, 2, self.n_channels]), self.degree, n_parts,
+        )  # fmt: skip
+
+    def sent(self, q: Tensor, mu: Tensor) -> tuple[Tensor, Tensor]:
+        """What neighbors gather, as it is stored."""
+        if self.table.dtype == q.dtype:
+            return q, mu
+        half_q = torch.empty_like(q, dtype=self.table.dtype)
+        half_mu = torch.empty_like(mu, dtype=self.table.dtype)
+        torch.ops.mlffd.node_halves_(q, mu, half_q, half_mu)
+        return half_q, half_mu
+
+    def energies(
+        self, q: Tensor, mu: Tensor, space: Space, shared: Kept, size: int
+    ) -> tuple[Tensor, Tensor]:
+        """Energy of each atom [eV] from its last state, and the gradient of their sum by it.
+
+        That by the scalars is returned, that by the vectors takes their place.
+        """
+        n, c, width = q.shape[0], self.n_channels, self.readout_bias.shape[0]
+        energies = torch.empty([n], dtype=torch.float64, device=q.device)
+        by_q = q.new_empty([n, c])
+        for start in range(0, n, size):
+            m = min(size, n - start)
+            its_q, its_mu, its_by_q = part(q, start, m), part(mu, start, m), part(by_q, start, m)
+            here, now = part_of(shared, 0, m), first_of(space, m)
+            a = here.a.flatten()[: m * 2 * c].view(m, 2 * c)
+            by_a = now.phi.flatten()[: m * 2 * c].view(m, 2 * c)
+            hidden = now.bent.flatten()[: m * width].view(m, width)
+            self.mixing(its_q, its_mu, here.uv, here.hidden, a, now.bent, its_q, its_mu)
+            self.readout(its_q[:, :c], hidden)
+            torch.ops.mlffd.node_readout_(
+                hidden, self.readout_bias, self.of_energy, part(energies, start, m),
+                self.energy_scale, self.energy_bound, self.readout.reduced,
+            )  # fmt: skip
+            self.readout.backward(hidden, its_by_q, False)
+            self.mixing.backward(its_by_q, its_mu, here.uv, here.hidden, a, now.bent, by_a, now.q)
+        return energies, by_q

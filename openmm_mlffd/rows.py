@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from openmm_mlffd.fast import Rows
-from openmm_mlffd.kernels.neighbor_ops import NeighborOverflow, check_counts, neighbor_rows
+from openmm_mlffd.kernels.edge_ops import largest_move
+from openmm_mlffd.kernels.neighbor_ops import NeighborOverflow, check_counts, neighbor_rows_
 from openmm_mlffd.neighbors import DEFAULT_SKIN
 
 SMALLEST_BINNED = 128
@@ -102,8 +103,7 @@ class VerletRows:
 
         Infinite before the first build, and if a position is not a number.
         """
-        squares = (self.rows.positions - self._positions).square().sum(1)
-        return torch.nan_to_num(squares, nan=math.inf).amax()
+        return largest_move(self.rows.positions, self._positions)
 
     def holds(self, moved: float) -> bool:
         """Whether the list is still complete, given what `moved` says."""
@@ -112,12 +112,11 @@ class VerletRows:
     def fill(self) -> None:
         """Find the neighbors where the atoms are now. Waits for nothing; can be captured."""
         rows = self.rows
-        found = neighbor_rows(
+        neighbor_rows_(
             rows.positions, rows.cell, self.pbc, rows.system, self.first,
-            self.cutoff + self.skin, self.capacity, self.binned,
+            self.cutoff + self.skin, self.binned, rows.neighbors, rows.images, rows.reverse,
+            rows.counts,
         )  # fmt: skip
-        for mine, new in zip(rows[4:], found, strict=True):
-            mine.copy_(new)
         self._positions.copy_(rows.positions)
 
     def make_room(self) -> bool:

@@ -96,9 +96,12 @@ def test_gradients_are_those_of_the_reference(case, n_parts):
         by_reference(exact, *leaves), leaves, weights.double()
     )
     by_slot = torch.zeros_like(geometry)
-    by_rows = torch.ops.mlffd.message_backward_(
-        weights, features, rows, table, geometry, neighbors, counts, by_slot, degree, True, n_parts
-    )
+    by_rows = torch.empty(len(counts), *features.shape[1:], dtype=geometry.dtype)
+    gathered = weights[:, 0].contiguous(), weights[:, 1:].contiguous()
+    torch.ops.mlffd.message_backward_(
+        *gathered, features, rows, table, geometry, neighbors, counts, by_slot, by_rows, degree,
+        n_parts,
+    )  # fmt: skip
     if features.shape[1] == 2:
         by_rows = torch.zeros_like(by_features).index_add(0, rows, by_rows.double())
     tolerance = TOLERANCE[features.dtype]
@@ -109,10 +112,10 @@ def test_gradients_are_those_of_the_reference(case, n_parts):
     assert (mirrored - by_geometry[i, s]).abs().max() < 5 * tolerance if len(i) else True
     # without the features, and added to what is there
     again = by_slot.clone()
-    empty = torch.ops.mlffd.message_backward_(
-        weights, features, rows, table, geometry, neighbors, counts, again, degree, False, 1
+    none = geometry.new_empty((0, *features.shape[1:]))
+    torch.ops.mlffd.message_backward_(
+        *gathered, features, rows, table, geometry, neighbors, counts, again, none, degree
     )
-    assert empty.shape[0] == 0
     assert (again - 2 * by_slot).abs().max() < 10 * tolerance
 
 
@@ -135,6 +138,46 @@ def test_first_and_second_derivatives(first, degree):
 
     assert torch.autograd.gradcheck(cubes, leaves)
     assert torch.autograd.gradgradcheck(cubes, leaves)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_messages_are_added_to_the_state(case):
+    inputs = make_inputs(**case)
+    features, rows, geometry = inputs[0], inputs[1], inputs[3]
+    first, rounded = features.shape[1] == 2, features.dtype == torch.float16
+    n, c = len(rows), features.shape[2]
+    generator = torch.Generator().manual_seed(2)
+    q, mu, embedding = (
+        torch.randn(*shape, generator=generator).to(geometry)
+        for shape in ((n, 2 * c), (n, 3, c), (features.shape[0], c))
+    )
+    before = q.clone(), mu.clone()
+    torch.ops.mlffd.message_(*inputs[:5], inputs[6], embedding, q, mu, inputs[7])
+    sums = torch.ops.mlffd.message(*inputs)
+    of_before = (embedding[rows.long()], 0.0) if first else (before[0][:, :c], before[1])
+    tolerance = 5e-3 if rounded else TOLERANCE[features.dtype]
+    assert (q[:, :c] - (of_before[0] + sums[:, 0])).abs().max() < tolerance
+    assert (mu - (of_before[1] + sums[:, 1:])).abs().max() < tolerance
+    assert torch.equal(q[:, c:], before[0][:, c:])
+    if rounded:
+        assert (mu.view(torch.int32) & 0x1FFF).eq(0).all()
+
+
+def test_some_atoms_are_as_among_all():
+    inputs = make_inputs()
+    features, rows, table, geometry, neighbors, _, counts, degree = inputs
+    weights = torch.randn(7, 4, 8, dtype=torch.float64)
+    gathered = weights[:, 0].contiguous(), weights[:, 1:].contiguous()
+    found = []
+    for parts in ([slice(0, 7)], [slice(0, 3), slice(3, 7)]):
+        by_slot, by_features = torch.zeros_like(geometry), torch.zeros_like(features)
+        for p in parts:
+            torch.ops.mlffd.message_backward_(
+                *gathered, features[p], rows[p], table, geometry[p], neighbors[p], counts[p],
+                by_slot[p], by_features[p], degree,
+            )  # fmt: skip
+        found.append((by_slot, by_features))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_nothing_depends_on_the_run():
@@ -201,9 +244,10 @@ def test_gpu_gives_what_the_cpu_gives(case, n_parts):
             len(counts), 4, features.shape[2], generator=torch.Generator().manual_seed(5)
         ).to(features)
         by_slot = torch.zeros_like(geometry)
-        by_features = torch.ops.mlffd.message_backward_(
-            weights, features, rows, table, geometry, neighbors, counts, by_slot, degree, True,
-            n_parts,
+        by_features = geometry.new_empty((len(counts), *features.shape[1:]))
+        torch.ops.mlffd.message_backward_(
+            weights[:, 0].contiguous(), weights[:, 1:].contiguous(), features, rows, table,
+            geometry, neighbors, counts, by_slot, by_features, degree, n_parts,
         )  # fmt: skip
         results.append((by_features.cpu(), by_slot.cpu()))
     for on_cpu, on_gpu in zip(*results, strict=True):

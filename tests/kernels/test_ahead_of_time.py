@@ -1,0 +1,66 @@
+"""Every kernel compiles for a GPU where there is none; ``-m slow`` for all of them."""
+
+import pytest
+import torch
+
+pytest.importorskip("warp")
+
+import warp as wp
+
+from openmm_mlffd.kernels import (
+    edge_kernels,
+    message_kernels,
+    neighbor_kernels,
+    node_kernels,
+    product_kernels,
+)
+
+SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
+
+
+def message_variants(first):
+    return [
+        message_kernels.Variant(128, first, *rest)
+        for rest in [(5, SINGLE, SINGLE), (3, SINGLE, HALF), (7, DOUBLE, DOUBLE)]
+    ]
+
+
+def every_kernel():
+    """One kernel of each module of a student with 128 channels, by name."""
+    found = [
+        product_kernels.product_of_few,
+        neighbor_kernels.fill_rows,
+        edge_kernels.sum_terms,
+        edge_kernels.largest_move,
+    ]
+    for real in (SINGLE, DOUBLE):
+        found += [edge_kernels.geometry_kernel(real), edge_kernels.forces_kernel(real)]
+    for real, reduced in [(SINGLE, False), (SINGLE, True), (DOUBLE, False)]:
+        found.append(node_kernels.node_kernels(node_kernels.Variant(128, real, reduced))["mix"])
+        found.append(node_kernels.readout_kernel(real, reduced))
+    for split in (False, True):
+        for first in (False, True):
+            for variant in message_variants(first):
+                found.append(message_kernels.forward_kernel(variant, split))
+                if not first:
+                    found.append(message_kernels.backward_kernel(variant, True, split))
+    found += [message_kernels.backward_kernel(v, False, False) for v in message_variants(True)]
+    return {kernel.module.name: kernel for kernel in found}
+
+
+KERNELS = every_kernel()
+QUICK = {
+    "mlffd_product_of_few",
+    "mlffd_neighbors",
+    "mlffd_largest_move",
+    "mlffd_node_c128_f32_reduced",
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(KERNELS)]
+)
+def test_kernels_compile_to_machine_code_of_a_gpu(name, tmp_path):
+    wp.compile_aot_module(KERNELS[name].module, arch=90, module_dir=tmp_path, use_ptx=False)
+    (cubin,) = tmp_path.glob("*.cubin")
+    assert cubin.read_bytes()[1:4] == b"ELF"
