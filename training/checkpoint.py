@@ -1,8 +1,9 @@
 """Checkpoint files of training runs: written whole or not at all, read without pickle."""
 
 import io
+import math
 import pickle
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,29 @@ _FREE = {
     "wandb_project",
 }
 """Settings that may change between the parts of a run."""
+
+
+@dataclass
+class Progress:
+    """Where a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    epoch: int = 0
+    """Passes over the data finished."""
+
+    batch: int = 0
+    """Batches of the current pass done."""
+
+    bad_steps: int = 0
+    """Steps left out because the loss or the gradient was not finite."""
+
+    seconds: float = field(default=0.0, compare=False)
+    """Time spent [s], to the last look at the clock."""
+
+    best: float = math.inf
+    """Smallest force MAE on the validation set so far [meV/Å]."""
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

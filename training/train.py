@@ -6,7 +6,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +21,7 @@ from openmm_mlffd.potential import Potential
 from openmm_mlffd.training import references as fixed
 from openmm_mlffd.training.batches import Batch, StructureSource, make_batch, prefetch
 from openmm_mlffd.training.boards import Boards
-from openmm_mlffd.training.checkpoint import read_checkpoint, write_checkpoint
+from openmm_mlffd.training.checkpoint import Progress, read_checkpoint, write_checkpoint
 from openmm_mlffd.training.config import ConfigError, TrainConfig
 from openmm_mlffd.training.distributed import Processes
 from openmm_mlffd.training.evaluate import evaluate
@@ -47,35 +47,11 @@ CHECKPOINT = "checkpoint.pt"
 STUDENT = "student.safetensors"
 _MAX_BAD_STEPS = 20
 
-
 Watch = Callable[["Progress", dict[str, dict[str, float]]], bool]
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the last checkpoint is intact."""
-
-
-@dataclass
-class Progress:
-    """Where a run is."""
-
-    step: int = 0
-    """Optimizer steps done."""
-
-    epoch: int = 0
-    """Passes over the data finished."""
-
-    batch: int = 0
-    """Batches of the current pass done."""
-
-    bad_steps: int = 0
-    """Steps left out because the loss or the gradient was not finite."""
-
-    seconds: float = field(default=0.0, compare=False)
-    """Time spent [s], to the last look at the clock."""
-
-    best: float = math.inf
-    """Smallest force MAE on the validation set so far [meV/Å]."""
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

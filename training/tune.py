@@ -12,6 +12,7 @@ import yaml
 
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.storage import replacing
+from openmm_mlffd.training.checkpoint import Progress
 from openmm_mlffd.training.config import (
     ConfigError,
     TrainConfig,
@@ -21,7 +22,7 @@ from openmm_mlffd.training.config import (
     read_settings,
 )
 from openmm_mlffd.training.shards import FolderError, Kind, locked
-from openmm_mlffd.training.train import STUDENT, Progress, Trainer
+from openmm_mlffd.training.train import STUDENT, Trainer
 
 try:
     import optuna
