@@ -67,8 +67,8 @@ DEFECTS = (
     Defect(
         "off-diagonal elements of the box dropped",
         "openmm_mlffd/interfaces/openmm_force.py",
-        "cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM",
-        "cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM * np.eye(3)",
+        "np.array(vectors, dtype=np.float64)",
+        "np.array(vectors, dtype=np.float64) * np.eye(3)",
         "tests/interfaces/test_openmm_potential.py tests/interfaces/test_openmm_storage.py",
     ),
     Defect(
