@@ -141,15 +141,20 @@ class Bench:
                     partial(agreement.deviation, potential, s, exact, precision),
                 )
 
-    def _structures(self) -> Iterator[tuple[int, Structure]]:
+    def _structures(self) -> Iterator[tuple[Structure, dict[str, Any] | None]]:
+        """Relaxed water of each size; or, as it is, with the row that says why not."""
         for n in self.sizes:
             structure = water(n)
-            try:
-                positions = self._relaxed(structure)
-            except Exception as error:
-                self.echo("".join(traceback.format_exception(error)[-6:]))
-                continue
-            yield n, structure._replace(positions=positions)
+            relax = partial(self._relaxed, structure)
+            found = self._guarded(
+                {"atoms": len(structure.numbers)},
+                lambda relax=relax: {"positions": relax()},  # type: ignore[misc]
+            )
+            positions = found.pop("positions", None)
+            if positions is None:
+                yield structure, found
+            else:
+                yield structure._replace(positions=positions), None
 
     def _relaxed(self, structure: Structure) -> NDArray[np.float64]:
         numbers = structure.numbers.tolist()
@@ -158,8 +163,10 @@ class Bench:
 
     def _overhead(self) -> Iterator[dict[str, Any]]:
         for n in self.sizes:
-            measure = partial(timing.callback_time, self.source, water(n), self.precisions[0])
-            row: dict[str, Any] = {"atoms": n, "engine": "python", "precision": self.precisions[0]}
+            s, precision = water(n), self.precisions[0]
+            measure = partial(timing.callback_time, self.source, s, precision)
+            row: dict[str, Any] = {"atoms": len(s.numbers), "engine": "python"}
+            row["precision"] = precision
             yield self._guarded(
                 row,
                 lambda measure=measure: {"callback": measure()["median"]},  # type: ignore[misc]
@@ -173,8 +180,12 @@ class Bench:
 
     def _speed(self) -> Iterator[dict[str, Any]]:
         structures = []
-        for n, s in self._structures():
+        for s, failed in self._structures():
+            if failed:
+                yield failed
+                continue
             structures.append(s)
+            n = len(s.numbers)  # whole molecules: not quite what was asked for
             empty = partial(self._step, s, None, "single")
             yield self._guarded({"atoms": n, "engine": "none"}, empty)
             for engine in self.engines:
@@ -249,9 +260,12 @@ class Bench:
             self.echo("needs a GPU")
             return
         potential = self.source.load(device=self.device, precision="double")
-        for n, structure in self._structures():
+        for structure, failed in self._structures():
+            if failed:
+                yield failed
+                continue
             for precision in self.precisions:
-                row: dict[str, Any] = {"atoms": n, "precision": precision}
+                row: dict[str, Any] = {"atoms": len(structure.numbers), "precision": precision}
                 measure = partial(agreement.kernel_times, potential, structure, precision)
                 found = self._guarded(row, lambda measure=measure: {"kernels": measure()})  # type: ignore[misc]
                 for entry in found.pop("kernels", []):

@@ -70,6 +70,30 @@ def test_speed_is_printed_and_stored(make_bench, monkeypatch, capsys):
     assert "engine eager" in capsys.readouterr().out
 
 
+def test_sizes_are_those_of_whole_molecules(make_bench, monkeypatch):
+    monkeypatch.setattr(timing, "N_SAMPLES", 2)
+    bench = make_bench(sizes=[13])
+    assert bench.run(["speed", "overhead"])
+    rows = bench.results["speed"] + bench.results["overhead"]
+    assert {row["atoms"] for row in rows} == {12}
+
+
+def test_size_that_cannot_be_relaxed_is_told_and_the_rest_is_measured(make_bench, monkeypatch):
+    monkeypatch.setattr(timing, "N_SAMPLES", 2)
+
+    def broken(evaluator, positions, cell):
+        if len(positions) == 12:
+            raise RuntimeError("no room")
+        return positions
+
+    monkeypatch.setattr(run, "relaxed", broken)
+    bench = make_bench(sizes=[12, 15])
+    assert not bench.run(["speed"])
+    first, *rest = bench.results["speed"]
+    assert first == {"atoms": 12, "error": "RuntimeError: no room"}
+    assert {row["atoms"] for row in rest} == {15}
+
+
 def test_what_fails_is_told_and_the_rest_is_measured(make_bench, monkeypatch):
     monkeypatch.setattr(timing, "N_SAMPLES", 2)
 
