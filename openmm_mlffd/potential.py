@@ -141,7 +141,8 @@ class Potential(nn.Module):
         if limits is not None and reach > self.cutoff:
             raise ValueError(
                 f"limits of coordination need a cutoff of {reach:.2f} Å, where atoms of these "
-                f"elements stop being neighbors; it is {self.cutoff} Å (train with crowding=false)"
+                f"elements stop being neighbors; it is {self.cutoff} Å (train with "
+                "model.crowding=false)"
             )
         self.crowds = limits is not None
         self.crowding = Crowding(self.numbers, limits or [NO_LIMIT] * len(self.numbers))

@@ -235,6 +235,11 @@ class TrainConfig:
     licence: str = "MIT"
     """Licence of the weights."""
 
+    def __post_init__(self) -> None:
+        # in YAML, on and off without quotation marks are true and false
+        words = {"True": "on", "False": "off"}
+        object.__setattr__(self, "compile", words.get(self.compile, self.compile))
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply overrides.

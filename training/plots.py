@@ -189,11 +189,22 @@ def format_dots(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
 def run_pareto(
     folders: Sequence[Path], output: Path, *, against: str, atoms: int, split: str
 ) -> str:
-    """`mlffd pareto`: writes figure (SVG) and table beside it; returns the table."""
-    dots = dots_of(read_points(folders), against=against, atoms=atoms, split=split)
-    figure = output.with_suffix(".svg")
-    figure.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_text(draw(dots, against=against, atoms=atoms), encoding="utf-8")
+    """`mlffd pareto`: writes figure (SVG) and table beside it; returns the table.
+
+    Raises
+    ------
+    ValueError
+        If the figure's name does not end in .svg, or there is nothing to draw.
+    """
+    if output.suffix != ".svg":
+        raise ValueError(f"the figure is written as SVG: a name that ends in .svg, not {output}")
+    points = read_points(folders)
+    dots = dots_of(points, against=against, atoms=atoms, split=split)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(draw(dots, against=against, atoms=atoms), encoding="utf-8")
     table = format_dots(dots, against=against, atoms=atoms)
+    left_out = sorted({p["name"] for p in points} - {d.name for d in dots})
+    if left_out:
+        table += f"Without {AXES[against]} or errors on the split {split}: {', '.join(left_out)}.\n"
     output.with_suffix(".md").write_text(table, encoding="utf-8")
     return table

@@ -68,6 +68,13 @@ def test_setting_that_cannot_be_is_named(write, text, overrides, message):
         load_config(write(text), overrides)
 
 
+@pytest.mark.parametrize("word", ["on", "off", "auto"])
+def test_words_that_yaml_takes_for_truth_mean_what_they_say(write, word):
+    path = write("data: {files: [a.h5]}\n")
+    assert load_config(path, [f"compile={word}"]).compile == word
+    assert load_config(write(f"data: {{files: [a.h5]}}\ncompile: {word}\n")).compile == word
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"no.yaml: cannot be read"):
         load_config(tmp_path / "no.yaml")

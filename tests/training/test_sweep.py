@@ -71,6 +71,7 @@ def test_pareto_writes_figure_and_table(folder, tmp_path, monkeypatch, capsys):
     assert "| slow | 2 | 30.0 |" in table
     assert table.count("front") == 3
     assert "a GPU" in table
+    assert "Without time per step [ms] or errors on the split test: untimed." in table
     assert output.read_text() == plots.draw(
         plots.dots_of(plots.read_points([folder]), against="speed", atoms=1000, split="test"),
         against="speed", atoms=1000,
@@ -88,6 +89,10 @@ def test_learning_curves_are_drawn_against_structures_and_time(folder):
 
 
 def test_nothing_to_draw_is_said(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"ends in \.svg, not .*pareto\.png"):
+        plots.run_pareto(
+            [folder], tmp_path / "pareto.png", against="speed", atoms=1000, split="test"
+        )
     with pytest.raises(ValueError, match=r"no point\.json in .*nowhere"):
         plots.read_points([tmp_path / "nowhere"])
     with pytest.raises(ValueError, match="drawn against speed, structures, minutes"):
@@ -116,7 +121,7 @@ def test_unknown_setting_of_a_point_is_refused(tmp_path):
 def test_sweep_trains_evaluates_and_goes_on(data_folder, tmp_path, monkeypatch):
     (tmp_path / "base.yaml").write_text(f"""
 data: {{files: [{data_folder / "sample.h5"}]}}
-model: {{n_interactions: 1, n_basis: 4, cutoff: 3.0}}
+model: {{n_interactions: 1, n_basis: 4, cutoff: 3.0, crowding: false}}
 optimizer: {{warmup_steps: 1, ema_decay: 0.5}}
 device: cpu
 batch_atoms: 1000
