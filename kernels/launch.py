@@ -44,7 +44,10 @@ def prepare(kernel: Any, device: torch.device) -> Any:
         wp.init()
         where = "cpu" if device.type == "cpu" else f"cuda:{device.index or 0}"
         arguments = [arg.type(0) for arg in kernel.adj.args]
-        return wp.launch(kernel, dim=1, inputs=arguments, device=where, record_cmd=True)
+        return wp.launch(
+            kernel, dim=1, inputs=arguments, device=where, record_cmd=True,
+            block_dim=getattr(kernel, "mlffd_block", 256),
+        )  # fmt: skip
 
 
 def has_cuda() -> bool:

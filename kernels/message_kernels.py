@@ -30,9 +30,17 @@ ROUNDING = """
 BLOCK = 256
 """Threads of a block on CUDA: Warp's default."""
 
+FORWARD_BLOCKS, BACKWARD_BLOCKS = 4, 3
+"""Blocks that shall have room on a multiprocessor, so that there is always something to do while
+others wait; registers are few then."""
+
+OWN_IN_REGISTERS = False
+"""Whether a row's own features stay in registers on the way back."""
+
+_SPLIT_BLOCKS = (256, 512)
 _CHANNELS_PER_LANE = 4
 _WARP = 32
-_SHARED = 48 * 1024  # bytes of a block
+_SHARED = 46 * 1024  # bytes of a block; Warp takes some of 48
 
 
 class Variant(NamedTuple):
@@ -65,12 +73,20 @@ class Variant(NamedTuple):
             lanes *= 2
         return lanes
 
+    def split_block(self, n_parts: int) -> int:
+        """Threads of a block whose groups share rows; 0 if the sums of so many have no room."""
+        size = (4 if self.first else 5) * self.n_channels * self.real.itemsize
+        fitting = [
+            n
+            for n in _SPLIT_BLOCKS
+            if n // self.lanes * size <= _SHARED and n_parts <= n // self.lanes
+        ]
+        return min(fitting, default=0)
+
     @property
     def most_parts(self) -> int:
-        """Groups of lanes that can share a row on CUDA: those of a block, if their sums fit."""
-        groups = BLOCK // self.lanes
-        size = groups * (4 if self.first else 5) * self.n_channels * self.real.itemsize
-        return min(8, groups) if size <= _SHARED else 1
+        """Groups of lanes that can share a row on CUDA: those of a block."""
+        return max((n for n in (1, 2, 4, 8, 16) if self.split_block(n)), default=1)
 
     @property
     def name(self) -> str:
@@ -105,11 +121,38 @@ _COMMON = """
     struct alignas(WIDE) Pack { stored v[CPL]; };
     #define LOAD(to, from) Pack to##_pack = *(const Pack*)(from); const stored* to = to##_pack.v
     struct alignas(4 * sizeof(real) < 16 ? 4 * sizeof(real) : 16) Slot { real v[4]; };
-    #define LOAD_SLOT(to, from) Slot to##_slot = *(const Slot*)(from); const real* to = to##_slot.v
+    constexpr unsigned SHARE = LANES == 32 ? ~0u : (1u << (LANES % 32)) - 1u;
+    const int lane0 = (int)(threadIdx.x & 31) & ~(LANES - 1);
+    const unsigned mask = SHARE << lane0;
+    // Each lane looks at a slot of its own; those within the cutoff are then visited by all.
+    #define EACH_EDGE(other, look_up)                                               \
+        for (int s0 = part; s0 < n_slots; s0 += n_parts * LANES) {                  \
+            Slot its; its.v[0] = its.v[1] = its.v[2] = (real)0; its.v[3] = (real)-1;\
+            int its_other = 0;                                                      \
+            if (s0 + lane * n_parts < n_slots) {                                    \
+                const long long at = row + s0 + lane * n_parts;                     \
+                its = *(const Slot*)(geometry + 4 * at);                            \
+                its_other = look_up(neighbors[at]);                                 \
+            }                                                                       \
+            unsigned there = (__ballot_sync(mask, its.v[3] >= (real)0) >> lane0) & SHARE;\
+            while (there) {                                                         \
+                const int l = __ffs((int)there) - 1, s = s0 + l * n_parts;          \
+                there &= there - 1;                                                 \
+                real u[4];                                                          \
+                for (int k = 0; k < 4; ++k) u[k] = __shfl_sync(mask, its.v[k], lane0 + l);\
+                const int other = __shfl_sync(mask, its_other, lane0 + l);           \
+                (void)s;
 #else
     #define LOAD(to, from) const stored* to = (from)
-    #define LOAD_SLOT(to, from) const real* to = (from)
+    #define EACH_EDGE(other, look_up)                                               \
+        for (int s = part; s < n_slots; s += n_parts) {                             \
+            const real* u = geometry + 4 * (row + s);                               \
+            if (u[3] >= (real)0) {                                                  \
+                const int other = look_up(neighbors[row + s]);
 #endif
+    #define END_EDGES }}
+    #define ITSELF(j) (j)
+    #define ITS_SPECIES(j) ((const int*)rows_)[j]
     // basis splines of degree P - 1 in `low`, then of degree P in `w`, and their slopes in `dw`
     #define BASIS_SPLINES(t)                                                        \
         int knot = (int)(t); knot = knot < n_intervals ? knot : n_intervals - 1;    \
@@ -166,11 +209,11 @@ _COMMON = """
 _FORWARD = """
     real sum[4][CPL];
     for (int k = 0; k < 4; ++k) for (int b = 0; b < CPL; ++b) sum[k][b] = (real)0;
-    for (int s = part; s < n_slots; s += n_parts) {
-        LOAD_SLOT(u, geometry + 4 * (row + s));
-        int sender = neighbors[row + s];  // on its way while it is not known to be needed
-        if (u[3] < (real)0) continue;     // the same for all lanes of the atom
-        if (FIRST) sender = ((const int*)rows_)[sender];
+#if FIRST
+    EACH_EDGE(sender, ITS_SPECIES)
+#else
+    EACH_EDGE(sender, ITSELF)
+#endif
         const stored* x = (const stored*)features_ + (long long)sender * (N_FEATURES * C) + c0;
         BASIS_SPLINES(u[3]);
         (void)dw;
@@ -195,7 +238,7 @@ _FORWARD = """
                 for (int b = 0; b < CPL; ++b) sum[1 + k][b] += f[b] * (real)(float_of(xv[b]));
             }
         }
-    }
+    END_EDGES
     ROUNDING
     const real* base = FIRST && embedding_ != 0
         ? (const real*)embedding_ + (long long)((const int*)rows_)[atom] * C : nullptr;
@@ -216,10 +259,14 @@ _BACKWARD = """
     for (int k = 0; k < N_FEATURES; ++k) for (int b = 0; b < CPL; ++b) sum[k][b] = (real)0;
     const int own = FIRST ? ((const int*)rows_)[atom] : atom;
     const stored* x = (const stored*)features_ + (long long)own * (N_FEATURES * C) + c0;
-    for (int s = part; s < n_slots; s += n_parts) {
-        LOAD_SLOT(u, geometry + 4 * (row + s));
-        const int receiver = neighbors[row + s];  // on its way while it is not known to be needed
-        if (u[3] < (real)0) continue;             // the same for all lanes of the atom
+#if defined(__CUDA_ARCH__) && OWN_IN_REGISTERS
+    Pack sent[N_FEATURES];  // the atom's own features, for all edges
+    for (int k = 0; k < N_FEATURES; ++k) sent[k] = *(const Pack*)(x + k * C);
+    #define SENT(k, b) (real)(float_of(sent[k].v[b]))
+#else
+    #define SENT(k, b) (real)(float_of(x[(k) * C + (b)]))
+#endif
+    EACH_EDGE(receiver, ITSELF)
         const stored* g = (const stored*)scalars_ + (long long)receiver * C + c0;
         const stored* h = (const stored*)vectors_ + (long long)receiver * (3 * C) + c0;
         BASIS_SPLINES(u[3]);
@@ -236,20 +283,18 @@ _BACKWARD = """
         LOAD(gx, h); LOAD(gy, h + C); LOAD(gz, h + 2 * C);
         {
             LOAD(gs, g);
-            LOAD(xs, x);
             FILTER_AND_SLOPE(f, df, 0);
             for (int b = 0; b < CPL; ++b) {
                 const real hs = (real)(float_of(gs[b]));
                 if (FEATURES) sum[0][b] += f[b] * hs;
-                ADD_SLOPE(b, df[b] * (real)(float_of(xs[b])) * hs);
+                ADD_SLOPE(b, df[b] * SENT(0, b) * hs);
             }
         }
         {
-            LOAD(xd, x + C);
             FILTER_AND_SLOPE(f, df, 1);
             for (int b = 0; b < CPL; ++b) {
                 const real hx = (real)(float_of(gx[b])), hy = (real)(float_of(gy[b])),
-                           hz = (real)(float_of(gz[b])), y = (real)(float_of(xd[b]));
+                           hz = (real)(float_of(gz[b])), y = SENT(1, b);
                 const real along = -(u[0] * hx + u[1] * hy + u[2] * hz);  // the edge comes back
                 if (FEATURES) sum[1][b] += f[b] * along;
                 ADD_SLOPE(b, df[b] * y * along);
@@ -259,7 +304,6 @@ _BACKWARD = """
         }
         if (!FIRST) {
             FILTER_AND_SLOPE(f, df, (NF - 1));
-            LOAD(v0, x + 2 * C); LOAD(v1, x + 3 * C); LOAD(v2, x + 4 * C);
             for (int b = 0; b < CPL; ++b) {
                 const real hx = (real)(float_of(gx[b])), hy = (real)(float_of(gy[b])),
                            hz = (real)(float_of(gz[b]));
@@ -268,23 +312,34 @@ _BACKWARD = """
                     sum[N_FEATURES - 2][b] += f[b] * hy;
                     sum[N_FEATURES - 1][b] += f[b] * hz;
                 }
-                ADD_SLOPE(b, df[b] * ((real)(float_of(v0[b])) * hx + (real)(float_of(v1[b])) * hy
-                                      + (real)(float_of(v2[b])) * hz));
+                ADD_SLOPE(b, df[b] * (SENT(N_FEATURES - 3, b) * hx + SENT(N_FEATURES - 2, b) * hy
+                                      + SENT(N_FEATURES - 1, b) * hz));
             }
         }
+        real* to = (real*)slots_ + 4 * (row + s);
 #if !defined(__CUDA_ARCH__)
         SUM_CHANNELS
 #else
-        constexpr unsigned SHARE = LANES == 32 ? ~0u : (1u << (LANES % 32)) - 1u;
-        const unsigned mask = SHARE << ((threadIdx.x & 31) & ~(LANES - 1));
-        for (int o = LANES / 2; o > 0; o /= 2)
-            for (int k = 0; k < 4; ++k) total[k] += __shfl_xor_sync(mask, total[k], o);
+        if (LANES >= 4) {
+            // two steps halve the totals of a lane and the lanes of a total, then each has one
+            const bool upper = (lane & (LANES / 2)) != 0, odd = (lane & (LANES / 4)) != 0;
+            for (int k = 0; k < 2; ++k) {
+                const real mine = upper ? total[k + 2] : total[k];
+                const real rest = upper ? total[k] : total[k + 2];
+                total[k] = mine + __shfl_xor_sync(mask, rest, LANES / 2);
+            }
+            const real mine = odd ? total[1] : total[0], rest = odd ? total[0] : total[1];
+            total[0] = mine + __shfl_xor_sync(mask, rest, LANES / 4);
+            for (int o = LANES / 8; o > 0; o /= 2)
+                total[0] += __shfl_xor_sync(mask, total[0], o);
+            if ((lane & (LANES / 4 - 1)) == 0) to[(upper ? 2 : 0) + (odd ? 1 : 0)] += total[0];
+        } else
+            for (int o = LANES / 2; o > 0; o /= 2)
+                for (int k = 0; k < 4; ++k) total[k] += __shfl_xor_sync(mask, total[k], o);
+        if (LANES < 4)
 #endif
-        if (lane == 0) {
-            real* to = (real*)slots_ + 4 * (row + s);
-            for (int k = 0; k < 4; ++k) to[k] += total[k];
-        }
-    }
+        if (lane == 0) for (int k = 0; k < 4; ++k) to[k] += total[k];
+    END_EDGES
     if (FEATURES) {
         real* out = (real*)out_ + (long long)atom * (N_FEATURES * C);
         #define PUT(k, c, value) out[(k) * C + (c)] = (value);
@@ -328,8 +383,8 @@ _SUM_CHANNELS = """
 """
 
 
-def snippet(body: str, variant: Variant, **flags: bool) -> str:
-    """Native source of a kernel's body for one variant."""
+def snippet(body: str, variant: Variant, split_block: int, **flags: bool) -> str:
+    """Native source of a kernel's body for one variant; blocks of threads share rows, or 0."""
     text = (_COMMON + body).replace("SUM_CHANNELS", _SUM_CHANNELS)
     n_sums = re.search(r"STORE_SUMS\((\w+)\)", text)
     assert n_sums
@@ -340,7 +395,9 @@ def snippet(body: str, variant: Variant, **flags: bool) -> str:
         "N_CHANNELS": variant.n_channels,
         "N_FEATURES": 2 if variant.first else 5,
         "N_FILTERS": 2 if variant.first else 3,
-        "BLOCK": BLOCK,
+        "BLOCK": split_block,
+        "SPLIT": int(split_block > 0),
+        "OWN_IN_REGISTERS": int(OWN_IN_REGISTERS),
         "ROUNDING": ROUNDING if half else "",
         "ROUND(": "round_to_10_bits(" if half else "(",
         "CUDA_LANES": variant.lanes,
@@ -356,13 +413,13 @@ def snippet(body: str, variant: Variant, **flags: bool) -> str:
 
 
 @cache
-def forward_kernel(variant: Variant, split: bool) -> Any:
+def forward_kernel(variant: Variant, split_block: int) -> Any:
     """Σ_s messages of neighbor s to atom i: scalars and vectors.
 
     Written, added to what is there, or for the first block to the embedding of the atom's species.
     """
 
-    @wp.func_native(snippet(_FORWARD, variant, SPLIT=split))
+    @wp.func_native(snippet(_FORWARD, variant, split_block))
     def message_row(
         thread: wp.int32,
         capacity: wp.int32,
@@ -406,15 +463,15 @@ def forward_kernel(variant: Variant, split: bool) -> Any:
             rows, table, geometry, neighbors, counts, embedding, scalars, vectors,
         )  # fmt: skip
 
-    bounds = None if split or variant.real == torch.float64 else (BLOCK, 4)
-    return _kernel(message_forward, f"message_forward_{variant.name}{'_split' * split}", bounds)
+    name = f"message_forward_{variant.name}"
+    return _kernel(message_forward, name, variant, split_block, FORWARD_BLOCKS)
 
 
 @cache
-def backward_kernel(variant: Variant, with_features: bool, split: bool) -> Any:
+def backward_kernel(variant: Variant, with_features: bool, split_block: int) -> Any:
     """Gradients by an atom's features, and by direction and distance of what it sent."""
 
-    @wp.func_native(snippet(_BACKWARD, variant, FEATURES=with_features, SPLIT=split))
+    @wp.func_native(snippet(_BACKWARD, variant, split_block, FEATURES=with_features))
     def message_row(
         thread: wp.int32,
         capacity: wp.int32,
@@ -455,21 +512,24 @@ def backward_kernel(variant: Variant, with_features: bool, split: bool) -> Any:
             geometry, neighbors, counts, by_features, by_slot,
         )  # fmt: skip
 
-    suffix = ("" if with_features else "_geometry") + "_split" * split
-    bounds = None if split or variant.real == torch.float64 else (BLOCK, 3)
-    return _kernel(message_backward, f"message_backward_{variant.name}{suffix}", bounds)
+    name = f"message_backward_{variant.name}{'' if with_features else '_geometry'}"
+    return _kernel(message_backward, name, variant, split_block, BACKWARD_BLOCKS)
 
 
-def _kernel(function: Any, name: str, bounds: tuple[int, int] | None) -> Any:
-    """A kernel in a module of its own: what is not used is not compiled.
-
-    The bounds are threads of a block, and blocks that shall have room on a multiprocessor, so that
-    there is always something to do while others wait.
-    """
-    return wp.kernel(
+def _kernel(function: Any, name: str, variant: Variant, split_block: int, n_blocks: int) -> Any:
+    """A kernel in a module of its own: what is not used is not compiled."""
+    block, bounds = split_block or BLOCK, None
+    if split_block:
+        name += f"_split{split_block}"
+        n_blocks = max(1, (n_blocks - 1) * BLOCK // split_block)
+    if variant.real != torch.float64:
+        bounds = (block, n_blocks)
+    kernel = wp.kernel(
         function,
         name=name,
         enable_backward=False,
         module=f"mlffd_{name}",
         launch_bounds=bounds,
     )
+    kernel.mlffd_block = block
+    return kernel

@@ -103,7 +103,7 @@ def _forward(
     n_atoms, capacity = _check(features, rows, table, geometry, neighbors, counts)
     lanes, n_parts = _shares(variant, geometry, n_parts)
     launch(
-        kernels.forward_kernel(variant, n_parts > 1), n_atoms * n_parts * lanes, geometry.device,
+        kernels.forward_kernel(variant, _split(variant, n_parts)), n_atoms * n_parts * lanes, geometry.device,
         capacity, table.shape[0] - degree, n_parts, mode, scalars[1], vectors[1], features,
         rows, table, geometry, neighbors, counts, 0 if embedding is None else embedding,
         scalars[0], vectors[0],
@@ -153,7 +153,7 @@ def message_backward_(
     require("by_features", by_features, variant.real, shape, device)
     lanes, n_parts = _shares(variant, geometry, n_parts)
     launch(
-        kernels.backward_kernel(variant, wanted, wanted and n_parts > 1),
+        kernels.backward_kernel(variant, wanted, _split(variant, n_parts) if wanted else 0),
         n_atoms * n_parts * lanes, device, capacity, table.shape[0] - degree, n_parts, by_scalars,
         by_vectors, features, rows, table, geometry, neighbors, counts, by_features, by_slot,
     )  # fmt: skip
@@ -216,6 +216,10 @@ def _shares(variant: kernels.Variant, tensor: Tensor, n_parts: int) -> tuple[int
         return 1, 1
     n_parts = max(1, min(n_parts, variant.most_parts))
     return variant.lanes, 1 << (n_parts.bit_length() - 1)
+
+
+def _split(variant: kernels.Variant, n_parts: int) -> int:
+    return variant.split_block(n_parts) if n_parts > 1 else 0
 
 
 def _check(

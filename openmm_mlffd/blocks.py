@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from openmm_mlffd.kernels import ops  # noqa: F401 (registers torch.ops.mlffd)
+from openmm_mlffd.kernels.chain_ops import most_chained
 from openmm_mlffd.painn import Interaction, Mixing
 
 _FEW = 192
@@ -22,6 +23,19 @@ def _rounded(x: Tensor) -> Tensor:
     """To 10 bits of mantissa."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp(torch.round(mantissa * 2**11) / 2**11, exponent)
+
+
+class Chain(nn.Module):
+    """Whether what is between messages is done by one kernel, see `kernels.chain_kernels`."""
+
+    def __init__(self, n_channels: int, width: int, like: Tensor) -> None:
+        super().__init__()
+        single = like.dtype == torch.float32
+        self.most, self.on_cpu = (most_chained(n_channels, width) if single else 0), False
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether as many atoms as x has rows are for that kernel."""
+        return x.shape[0] <= self.most and (x.is_cuda or self.on_cpu)
 
 
 class Product(nn.Module):
@@ -181,6 +195,7 @@ class Block(nn.Module):
         self.mixing = Mix(mixing, False, like, reduced)
         self.context = Perceptron(following.context, 3 * c, like, reduced)
         self.register_buffer("table", table.view(table.shape[0], 3, -1).contiguous())
+        self.chain = Chain(c, 4, like)
 
     def forward(
         self, q: Tensor, mu: Tensor, kept: Kept, space: Space, new_q: Tensor, new_mu: Tensor,
@@ -188,6 +203,17 @@ class Block(nn.Module):
     ) -> None:  # fmt: skip
         """New state, and the features for the neighbors, of n atoms."""
         n, c = q.shape[0], self.n_channels
+        if self.chain.holds(q):
+            mix, to, mixed = self.mixing.project, self.context, self.mixing.context
+            torch.ops.mlffd.chain_forward_(
+                q, mu,
+                [mix.transposed, mixed.inner.transposed, mixed.bias, mixed.outer.transposed,
+                 mixed.outer_bias, to.inner.transposed, to.bias, to.outer.transposed,
+                 to.outer_bias],
+                kept.uv, kept.hidden, kept.a, kept.inner, kept.scale, new_q, new_mu, features,
+                self.mixing.softening,
+            )  # fmt: skip
+            return
         self.mixing(q, mu, kept.uv, kept.hidden, kept.a, space.bent, new_q, new_mu)
         phi = space.phi
         if features.dtype == phi.dtype:  # in the place where it stays
@@ -204,6 +230,16 @@ class Block(nn.Module):
         It goes to ``by_q`` and ``by_mu``, which may be in the place of the others.
         """
         n, c = by_q.shape[0], self.n_channels
+        if self.chain.holds(by_q):
+            mixed, to = self.mixing.context, self.context
+            torch.ops.mlffd.chain_backward_(
+                mu,
+                [self.mixing.project.weight, mixed.inner.weight, mixed.bias, mixed.outer.weight,
+                 mixed.outer_bias, to.inner.weight, to.bias, to.outer.weight],
+                kept.uv, kept.hidden, kept.a, kept.inner, kept.scale, space.by_features, old_q,
+                old_mu, by_q, by_mu, self.mixing.softening,
+            )  # fmt: skip
+            return
         bias = self.mixing.context.outer_bias
         by_features = space.by_features
         torch.ops.mlffd.node_features_backward_(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from openmm_mlffd.blocks import (
     Block,
+    Chain,
     Kept,
     Mix,
     Product,
@@ -49,7 +50,7 @@ _CHUNKS_TO_REMEMBER = 8
 """From as many chunks on there is room to remember one block."""
 
 _ENOUGH_ROWS = 4096
-"""On CUDA, the rows of fewer atoms than this are split among up to eight groups of lanes."""
+"""On CUDA, the rows of fewer atoms than this are split among up to sixteen groups of lanes."""
 
 
 class Rows(NamedTuple):
@@ -162,6 +163,7 @@ class FastPotential(nn.Module):
         self.register_buffer("readout_bias", inner.bias.detach().to(like).contiguous())  # type: ignore[operator]
         of_energy = torch.cat([outer.weight[0], outer.bias])  # type: ignore[index,list-item]
         self.register_buffer("of_energy", of_energy.detach().to(like))
+        self.chain = Chain(self.n_channels, self.readout_bias.shape[0], like)
         self._constants(potential, device)
 
     def _constants(self, potential: Potential, device: torch.device) -> None:
@@ -201,7 +203,7 @@ class FastPotential(nn.Module):
         """Groups of lanes for each row."""
         if not geometry.is_cuda:
             return 1
-        return min(8, max(1, self.enough_rows // max(1, geometry.shape[0])))
+        return min(16, max(1, self.enough_rows // max(1, geometry.shape[0])))
 
     def network(self, rows: Rows, geometry: Tensor, by_slot: Tensor) -> Tensor:
         """The network's energy of each atom [eV]; its gradient by the edges is added by slot."""
@@ -335,6 +337,18 @@ class FastPotential(nn.Module):
         for start in range(0, n, size):
             m = min(size, n - start)
             its_q, its_mu, its_by_q = part(q, start, m), part(mu, start, m), part(by_q, start, m)
+            if self.chain.holds(its_q):
+                mix, mixed = self.mixing.project, self.mixing.context
+                torch.ops.mlffd.chain_last_(
+                    its_q, its_mu,
+                    [mix.transposed, mixed.inner.transposed, mixed.bias, mixed.outer.transposed,
+                     mixed.outer_bias, self.readout.transposed, self.readout_bias,
+                     self.of_energy],
+                    [self.readout.weight, mixed.outer.weight, mixed.inner.weight, mix.weight],
+                    part(energies, start, m), its_by_q, its_mu, self.mixing.softening,
+                    self.energy_scale, self.energy_bound,
+                )  # fmt: skip
+                continue
             here, now = part_of(shared, 0, m), first_of(space, m)
             a = here.a.flatten()[: m * 2 * c].view(m, 2 * c)
             by_a = now.phi.flatten()[: m * 2 * c].view(m, 2 * c)

@@ -8,6 +8,7 @@ pytest.importorskip("warp")
 import warp as wp
 
 from openmm_mlffd.kernels import (
+    chain_kernels,
     edge_kernels,
     message_kernels,
     neighbor_kernels,
@@ -38,13 +39,18 @@ def every_kernel():
     for real, reduced in [(SINGLE, False), (SINGLE, True), (DOUBLE, False)]:
         found.append(node_kernels.node_kernels(node_kernels.Variant(128, real, reduced))["mix"])
         found.append(node_kernels.readout_kernel(real, reduced))
-    for split in (False, True):
+    for stored, atoms in [(SINGLE, 1), (SINGLE, 8), (HALF, 4)]:
+        variant = chain_kernels.Variant(128, 64, stored, atoms)
+        found += [chain_kernels.chain_kernel(variant, n) for n in ("forward", "backward", "last")]
+    for split in (0, 256, 512):
         for first in (False, True):
             for variant in message_variants(first):
+                if split and not variant.split_block(split // variant.lanes):
+                    continue
                 found.append(message_kernels.forward_kernel(variant, split))
                 if not first:
                     found.append(message_kernels.backward_kernel(variant, True, split))
-    found += [message_kernels.backward_kernel(v, False, False) for v in message_variants(True)]
+    found += [message_kernels.backward_kernel(v, False, 0) for v in message_variants(True)]
     return {kernel.module.name: kernel for kernel in found}
 
 
