@@ -78,7 +78,7 @@ _COMMON = """
             const long long i = start + r;                                          \\
             if (at < R * C && i < n_atoms) {
     #define END }}
-    // rows of NI numbers in X by a matrix of NI rows of NO; the sums, in parts, come after them in X
+    // rows of NI numbers in X by a matrix of NI rows of NO; sums, in parts, come after them in X
     #define PRODUCT(NR, NI, NO, matrix) {                                           \\
         constexpr int PAIRS = (NO) / 2, SHARES = T / PAIRS > 1 ? T / PAIRS : 1;     \\
         constexpr int KP = SPLIT_OF(SHARES, NR, NI, NO);                            \\

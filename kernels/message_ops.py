@@ -103,9 +103,10 @@ def _forward(
     n_atoms, capacity = _check(features, rows, table, geometry, neighbors, counts)
     lanes, n_parts = _shares(variant, geometry, n_parts)
     launch(
-        kernels.forward_kernel(variant, _split(variant, n_parts)), n_atoms * n_parts * lanes, geometry.device,
-        capacity, table.shape[0] - degree, n_parts, mode, scalars[1], vectors[1], features,
-        rows, table, geometry, neighbors, counts, 0 if embedding is None else embedding,
+        kernels.forward_kernel(variant, _split(variant, n_parts)),
+        n_atoms * n_parts * lanes, geometry.device,
+        capacity, table.shape[0] - degree, n_parts, mode, scalars[1], vectors[1], features, rows,
+        table, geometry, neighbors, counts, 0 if embedding is None else embedding,
         scalars[0], vectors[0],
     )  # fmt: skip
 

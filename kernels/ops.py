@@ -6,7 +6,6 @@ from openmm_mlffd.kernels import (  # noqa: F401
     message_ops,
     neighbor_ops,
     node_ops,
-    product_ops,
 )
 from openmm_mlffd.kernels.library import LIBRARY
 

@@ -15,9 +15,6 @@ from openmm_mlffd.kernels import ops  # noqa: F401 (registers torch.ops.mlffd)
 from openmm_mlffd.kernels.chain_ops import most_chained
 from openmm_mlffd.painn import Interaction, Mixing
 
-_FEW = 192
-"""On CUDA, products of no more rows than this have a kernel of their own."""
-
 
 def _rounded(x: Tensor) -> Tensor:
     """To 10 bits of mantissa."""
@@ -52,30 +49,20 @@ class Product(nn.Module):
             weight = _rounded(weight)
         self.register_buffer("weight", weight.contiguous())
         self.register_buffer("transposed", weight.t().contiguous())
-        fits = like.dtype == torch.float32 and all(n % 4 == 0 for n in weight.shape)
-        self.few, self.few_on_cpu = (_FEW if fits else 0), False
-
-    def is_few(self, x: Tensor) -> bool:
-        """Whether a product with x is for the kernel for few rows."""
-        return x.shape[0] <= self.few and (x.is_cuda or self.few_on_cpu)
 
     def forward(self, x: Tensor, out: Tensor) -> None:
         """``x @ weight.T``."""
         reduced = self.reduced
         if self.never:  # the first that a stored module asks for, see kernels/ops.py
             reduced = torch.ops.mlffd.import_openmm_mlffd_kernels_ops_first(reduced)
-        if self.is_few(x):
-            torch.ops.mlffd.few_product_(x, self.weight, out, False)
-        elif reduced:
+        if reduced:
             torch.ops.mlffd.product_(x, self.weight.t(), out, False)
         else:
             torch.mm(x, self.weight.t(), out=out)
 
     def backward(self, gradient: Tensor, out: Tensor, add: bool) -> None:
         """``gradient @ weight``, or that added to what is there."""
-        if self.is_few(gradient):
-            torch.ops.mlffd.few_product_(gradient, self.transposed, out, add)
-        elif self.reduced:
+        if self.reduced:
             torch.ops.mlffd.product_(gradient, self.weight, out, add)
         elif add:
             out.addmm_(gradient, self.weight)
@@ -102,24 +89,16 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Tensor, hidden: Tensor, bent: Tensor, out: Tensor) -> None:
         """Values without bias to ``out``; ``hidden`` is for `backward`, ``bent`` for nothing."""
-        if self.inner.is_few(x):
-            torch.ops.mlffd.few_silu_(x, self.inner.weight, self.bias, hidden, bent, self.reduced)
-        else:
-            self.inner(x, hidden)
-            torch.ops.mlffd.node_silu_(hidden, self.bias, bent, self.reduced)
+        self.inner(x, hidden)
+        torch.ops.mlffd.node_silu_(hidden, self.bias, bent, self.reduced)
         self.outer(bent, out)
 
     def backward(
         self, gradient: Tensor, hidden: Tensor, bent: Tensor, out: Tensor, add: bool
     ) -> None:
         """From the gradient by the values that by ``x``, or that added to ``out``."""
-        if self.outer.is_few(gradient):
-            torch.ops.mlffd.few_silu_backward_(
-                gradient, self.outer.transposed, self.bias, hidden, bent, self.reduced
-            )
-        else:
-            self.outer.backward(gradient, bent, False)
-            torch.ops.mlffd.node_silu_backward_(hidden, self.bias, bent, self.reduced)
+        self.outer.backward(gradient, bent, False)
+        torch.ops.mlffd.node_silu_backward_(hidden, self.bias, bent, self.reduced)
         self.inner.backward(bent, out, add)
 
 

@@ -43,11 +43,8 @@ _SHORTEST_SEEN = 5.0 / 7.0
 """Compressed distances are at least this share of the core, see `radial.compress_core`."""
 
 _CHUNK = 8192
-"""Beyond what is remembered, as many atoms are between messages at once: their numbers stay in the
-caches of a GPU, and of what is computed with them only the states need memory for all atoms."""
-
-_CHUNKS_TO_REMEMBER = 8
-"""From as many chunks on there is room to remember one block."""
+"""Beyond what is remembered, half of the atoms are between messages at once, or so many: of what is
+computed with them, only the states need memory for all atoms."""
 
 _ENOUGH_ROWS = 4096
 """On CUDA, the rows of fewer atoms than this are split among up to sixteen groups of lanes."""
@@ -130,7 +127,7 @@ class FastPotential(nn.Module):
         n_intervals *= -(-network.basis.n_basis // 20)  # more waves, more knots
         self.in_double, self.remember = precision == "double", remember
         self.n_channels = network.n_channels
-        self.chunk, self.enough_chunks = _CHUNK, _CHUNKS_TO_REMEMBER
+        self.chunk, self.smallest_chunk = 0, _CHUNK  # 0: as large as is best
         self.enough_rows = _ENOUGH_ROWS
         self.cutoff, self.softening = potential.cutoff, SOFTENING
         self.shortest = _SHORTEST_SEEN * potential.smallest_core
@@ -208,13 +205,12 @@ class FastPotential(nn.Module):
     def network(self, rows: Rows, geometry: Tensor, by_slot: Tensor) -> Tensor:
         """The network's energy of each atom [eV]; its gradient by the edges is added by slot."""
         like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
-        # chunks of the same size; as many of the last blocks are remembered as there is room for
-        size, n_kept = max(1, n), len(self.blocks)
-        if not self.remember:
-            size = -(-size // -(-size // self.chunk))
-            n_kept = 1 if n >= self.enough_chunks * self.chunk else 0
+        size = max(1, n)
+        if not self.remember:  # chunks of the same size
+            chunk = self.chunk if self.chunk > 0 else max(self.smallest_chunk, -(-size // 2))
+            size = -(-size // -(-size // chunk))
         space, shared = space_for(size, c, like), room_for(size, c, like)
-        qs, mus, sent, kept = self.forth(rows, geometry, space, shared, size, n_kept)
+        qs, mus, sent, kept = self.forth(rows, geometry, space, shared, size)
         # nothing here may hold what the others have used up
         learned, by_q = self.energies(qs.pop(), mus[-1], space, shared, size)
         self.back(
@@ -223,7 +219,7 @@ class FastPotential(nn.Module):
         return learned
 
     def forth(
-        self, rows: Rows, geometry: Tensor, space: Space, shared: Kept, size: int, n_kept: int
+        self, rows: Rows, geometry: Tensor, space: Space, shared: Kept, size: int
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Kept]]:
         """All messages.
 
@@ -234,7 +230,7 @@ class FastPotential(nn.Module):
         mus
             Vectors of all states.
         sent, kept
-            Features and what else is kept of the last ``n_kept`` blocks.
+            Features and what else is kept of all blocks with ``remember``, else of none.
         """
         like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
         q, mu = like.new_empty([n, 2 * c]), like.new_empty([n, 3, c])
@@ -246,19 +242,17 @@ class FastPotential(nn.Module):
         qs: list[Tensor] = []
         sent: list[Tensor] = []
         kept: list[Kept] = []
-        n_forgotten = len(self.blocks) - n_kept
-        for k, block in enumerate(self.blocks):
-            remembered = k >= n_forgotten
-            room = room_for(n, c, like) if remembered else shared
+        for block in self.blocks:
+            room = room_for(n, c, like) if self.remember else shared
             features = feature_room(n, self.table, like)
             # what is remembered is not computed again from the scalars
-            new_q = q if remembered else torch.empty_like(q)
+            new_q = q if self.remember else torch.empty_like(q)
             new_mu = torch.empty_like(mu)
             for start in range(0, n, size):
                 m = min(size, n - start)
                 block(
                     part(q, start, m), part(mu, start, m),
-                    part_of(room, start if remembered else 0, m), first_of(space, m),
+                    part_of(room, start if self.remember else 0, m), first_of(space, m),
                     part(new_q, start, m), part(new_mu, start, m), part(features, start, m),
                 )  # fmt: skip
             torch.ops.mlffd.message_(
@@ -266,7 +260,7 @@ class FastPotential(nn.Module):
                 self.embedding, new_q, new_mu, self.degree, self.parts(geometry),
             )  # fmt: skip
             mus.append(mu)
-            if remembered:
+            if self.remember:
                 sent.append(features)
                 kept.append(room)
             else:
@@ -287,16 +281,17 @@ class FastPotential(nn.Module):
             sent_q, sent_mu = self.sent(by_q, by_mu)
             # the gradient by the vectors in the place of the vectors, whose last use this is
             mu, by_old_q = mus.pop(), torch.empty_like(by_q)
-            remembered = len(kept) > 0
-            room = kept.pop() if remembered else shared
-            features = sent.pop() if remembered else feature_room(size, self.table, self.embedding)
-            q = by_q if remembered else qs.pop()
+            room = kept.pop() if self.remember else shared
+            features = (
+                sent.pop() if self.remember else feature_room(size, self.table, self.embedding)
+            )
+            q = by_q if self.remember else qs.pop()
             for start in range(0, n, size):
                 m = min(size, n - start)
-                offset = start if remembered else 0
+                offset = start if self.remember else 0
                 here, now = part_of(room, offset, m), first_of(space, m)
                 its_mu, its_features = part(mu, start, m), part(features, offset, m)
-                if not remembered:
+                if not self.remember:
                     block(part(q, start, m), its_mu, here, now, now.q, now.mu, its_features)
                 torch.ops.mlffd.message_backward_(
                     sent_q, sent_mu, its_features, part(rows.species, start, m), block.table,

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("warp")
 
-from openmm_mlffd.blocks import Product
+from openmm_mlffd.blocks import Chain
 from openmm_mlffd.fast import FastPotential, Rows
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.potential import Prediction
@@ -148,7 +148,7 @@ def test_chunks_of_atoms_are_as_all_at_once(make_student, make_box, precision):
     student = make_student(n_interactions=4)
     rows = rows_of(student, make_box(31, 8.0))
     at_once = FastPotential(student, precision=precision)(rows)
-    for chunk in (31, 12, 3):  # the last block is remembered only in the last case
+    for chunk in (31, 12, 3):
         fast = FastPotential(student, precision=precision, remember=False)
         fast.chunk = chunk
         for found, expected in zip(fast(rows), at_once, strict=True):
@@ -168,17 +168,17 @@ def test_mixed_precision_is_good_for_forces(default_student, predict, make_box):
 
 
 @pytest.mark.parametrize("precision", ["single", "mixed"])
-def test_products_of_few_rows_are_as_those_of_many(default_student, ethanol, precision):
+def test_one_kernel_between_messages_does_what_many_do(default_student, ethanol, precision):
     rows = rows_of(default_student, ethanol)
     fast = FastPotential(default_student, precision=precision)
     expected = fast(rows)
     for module in fast.modules():
-        if isinstance(module, Product):
-            module.few_on_cpu = True
+        if isinstance(module, Chain):
+            module.on_cpu = True
     counted = n_launches(lambda: fast(rows))
-    assert (counted["few_product_"], counted["few_silu_"]) == (18, 5)
-    assert counted["few_silu_backward_"] == 5
-    assert counted["mm"] + counted["addmm_"] + counted["product_"] == 0
+    chained = {"chain_forward_": 2, "chain_last_": 1, "chain_backward_": 2}
+    assert {name: counted[name] for name in chained} == chained
+    assert counted.total() == 5 + 6 + 3 + (3 if precision == "mixed" else 0)
     energy, force, _ = TOLERANCE[precision]
     found = fast(rows)
     assert (found.energy - expected.energy).abs().max() < energy
@@ -243,7 +243,7 @@ def test_few_kernels_are_launched(default_student, make_box, precision):
         assert (products, messages, edges) == (28 + 5 * n_again, 6, 2)
         small = counted.total() - products - messages - edges
         assert small == 27 + 5 * n_again + 1 + (3 if precision == "mixed" else 0)
-        assert n_atoms < fast.chunk
+        assert n_atoms < 8192
 
 
 def test_memory_is_less_than_twenty_five_kilobytes_an_atom(default_student):
@@ -257,7 +257,7 @@ def test_memory_is_less_than_twenty_five_kilobytes_an_atom(default_student):
     assert rows.neighbors.shape[1] == 128
     of_rows = sum(t.numel() * t.element_size() for t in rows)
     for precision in ("single", "mixed"):
-        for n_chunks in (3, 12):
+        for n_chunks in (2, 12):
             fast = FastPotential(default_student, precision=precision, remember=False)
             fast.chunk = n_atoms // n_chunks
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
@@ -280,7 +280,7 @@ def test_gpu_gives_what_the_cpu_gives(default_student, make_box, precision, n_at
     # random atoms, far from any that the student knows: forces of hundreds of eV/Å
     size = 3 * max(1.0, float(expected.forces.abs().max()))
     energy, force, virial = (size * t for t in TOLERANCE[precision])
-    for remember, chunk in [(True, 8192), (False, 8192), (False, n_atoms // 3), (False, 50)]:
+    for remember, chunk in [(True, 0), (False, 0), (False, n_atoms // 3), (False, 50)]:
         fast = FastPotential(default_student, precision=precision, remember=remember).cuda()
         fast.chunk = chunk
         for enough_rows in (1, 4096):  # rows that are split among groups of lanes, or not

@@ -13,7 +13,6 @@ from openmm_mlffd.kernels import (
     message_kernels,
     neighbor_kernels,
     node_kernels,
-    product_kernels,
 )
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
@@ -29,7 +28,6 @@ def message_variants(first):
 def every_kernel():
     """One kernel of each module of a student with 128 channels, by name."""
     found = [
-        product_kernels.product_of_few,
         neighbor_kernels.fill_rows,
         edge_kernels.sum_terms,
         edge_kernels.largest_move,
@@ -56,7 +54,7 @@ def every_kernel():
 
 KERNELS = every_kernel()
 QUICK = {
-    "mlffd_product_of_few",
+    "mlffd_chain_last_c128_w64_s32_r1",
     "mlffd_neighbors",
     "mlffd_largest_move",
     "mlffd_node_c128_f32_reduced",
