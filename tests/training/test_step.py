@@ -237,3 +237,18 @@ def test_replay_that_does_something_else_is_noticed(student, batch):
         check_replay(lambda: step.run(batch, 2 * totals), lambda: step.run(batch, totals), step)
     after = student.network.parameters()
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_replay_may_differ_by_twice_what_tf32_changes(student, batch, monkeypatch):
+    step = TrainingStep(student, copy.deepcopy(student), CONFIG)
+    step.set_controls(1e-3, 0.1, (0, 0), [1.0] * len(TERMS))
+    totals, matmul = count_totals(batch, 0.3), torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "allow_tf32", True)
+
+    def work():  # as if TF32 made a difference of 5 %
+        step.run(batch, (1.05 if matmul.allow_tf32 else 1.0) * totals)
+
+    check_replay(lambda: step.run(batch, 0.97 * totals), work, step)
+    assert matmul.allow_tf32
+    with pytest.raises(RuntimeError, match="replayed, loss and gradient differ"):
+        check_replay(lambda: step.run(batch, 1.3 * totals), work, step)
