@@ -239,16 +239,23 @@ def test_replay_that_does_something_else_is_noticed(student, batch):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_replay_may_differ_by_twice_what_tf32_changes(student, batch, monkeypatch):
+@pytest.fixture
+def tf32():
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, True
+    yield matmul
+    matmul.allow_tf32 = before
+
+
+def test_replay_may_differ_by_twice_what_tf32_changes(student, batch, tf32):
     step = TrainingStep(student, copy.deepcopy(student), CONFIG)
     step.set_controls(1e-3, 0.1, (0, 0), [1.0] * len(TERMS))
-    totals, matmul = count_totals(batch, 0.3), torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "allow_tf32", True)
+    totals = count_totals(batch, 0.3)
 
     def work():  # as if TF32 made a difference of 5 %
-        step.run(batch, (1.05 if matmul.allow_tf32 else 1.0) * totals)
+        step.run(batch, (1.05 if tf32.allow_tf32 else 1.0) * totals)
 
     check_replay(lambda: step.run(batch, 0.97 * totals), work, step)
-    assert matmul.allow_tf32
+    assert tf32.allow_tf32
     with pytest.raises(RuntimeError, match="replayed, loss and gradient differ"):
         check_replay(lambda: step.run(batch, 1.3 * totals), work, step)
