@@ -58,7 +58,7 @@ if [[ $parts == *" label "* ]]; then
     done
     [ -n "$small" ] || label float32 12000 2
 fi
-part orb 100 "$python" -m openmm_mlffd.cli bench --sections speed --engines python --precisions single \
+part orb 220 "$python" -m openmm_mlffd.cli bench --sections speed --engines python --precisions single \
     --sizes "$sizes" --teachers orb-v2 --output "$out/orb" --device "$device"
 part md-float32 80 "$teachers/so3lr/bin/python" tests/benchmarks/so3lr_md.py "$device" \
     --waters "$waters" --seconds "$seconds"
