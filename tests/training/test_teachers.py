@@ -221,7 +221,8 @@ for n, cell in ((60, upright), (40, skewed), (3, 3 * upright)):
     tried = so3lr.pairs_by_trying_all(x, cell, 4.5)
     for each_once, mine, other in zip((False, True), lists, tried):
         def as_set(edges):
-            rows = {(int(i), int(j), *np.rint(s).astype(int).tolist()) for i, j, s in zip(*edges)}
+            i, j, s = edges
+            rows = {tuple(r) for r in torch.column_stack([i, j, s.round().long()]).tolist()}
             return {min(r, (r[1], r[0], -r[2], -r[3], -r[4])) if each_once else r for r in rows}
         assert len(mine[0]) == len(other[0]) == len(as_set(mine)) and as_set(mine) == as_set(other)
 print("alike")
