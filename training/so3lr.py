@@ -115,57 +115,92 @@ def torch_left_alone(dtype: torch.dtype) -> Iterator[None]:
             torch_tools.set_default_dtype(str(before).removeprefix("torch."))
 
 
-Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
+Edges = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """First atom, second atom, and whole box vectors between them."""
 
 
-def pairs(
-    positions: np.ndarray,
-    cell: np.ndarray,
-    periodic: bool,
-    cutoff: float,
-    device: torch.device | None = None,
+def pairs_of_molecules(
+    positions: torch.Tensor, offsets: np.ndarray, molecules: np.ndarray, cutoff: float
 ) -> tuple[Edges, Edges]:
-    """Pairs within the short cutoff, in both directions, and within 12 Å, each once.
+    """Pairs of molecules that are not periodic, all of them at once.
+
+    Parameters
+    ----------
+    positions
+        Of all atoms of a batch [Å], shape ``(n_atoms, 3)``, float64.
+    offsets
+        First atom of each structure of the batch, then the number of atoms.
+    molecules
+        Which of the structures to look at.
+    cutoff
+        Of the short pairs [Å].
+
+    Returns
+    -------
+    tuple
+        Pairs within `cutoff`, in both directions, and within 12 Å, each once.
+    """
+    device = positions.device
+    first = torch.as_tensor(offsets[:-1][molecules], device=device)
+    count = torch.as_tensor(np.diff(offsets)[molecules], device=device)
+    # each atom beside every atom of its molecule: numbers within the molecule are those of all
+    # less those of the molecules before
+    partners = count.repeat_interleave(count)
+    within = torch.arange(len(partners), device=device)
+    start = first - (count.cumsum(0) - count)
+    i = (within + start.repeat_interleave(count)).repeat_interleave(partners)
+    before = (partners.cumsum(0) - partners).repeat_interleave(partners)
+    lowest = first.repeat_interleave(count).repeat_interleave(partners)
+    j = torch.arange(len(i), device=device) - before + lowest
+    square = ((positions[j] - positions[i]) ** 2).sum(1)
+    short, long = (square <= cutoff**2) & (i != j), (square <= CUTOFF_LR**2) & (i < j)
+
+    def edges(chosen: torch.Tensor) -> Edges:
+        a, b = i[chosen], j[chosen]
+        return a, b, positions.new_zeros(len(a), 3)
+
+    return edges(short), edges(long)
+
+
+def pairs(
+    positions: torch.Tensor, cell: np.ndarray, periodic: bool, cutoff: float
+) -> tuple[Edges, Edges]:
+    """Pairs of a box or of a large molecule, as for `pairs_of_molecules`.
 
     On a GPU those of a box are found by trying all of them, which takes milliseconds; a cell list
     on the processor would take longer than the model.
     """
-    if periodic and device is not None and device.type == "cuda" and len(positions) < _ALL_ON_GPU:
-        return pairs_by_trying_all(positions, cell, cutoff, device)
-    if periodic or len(positions) > _ALL_PAIRS:
-        from matscipy.neighbours import neighbour_list
+    device = positions.device
+    if periodic and device.type == "cuda" and len(positions) < _ALL_ON_GPU:
+        return pairs_by_trying_all(positions, cell, cutoff)
+    from matscipy.neighbours import neighbour_list
 
-        if not periodic:
-            positions = positions - positions.min(0)
-            cell = np.diag(positions.max(0) + 1.0)
-        i, j, images, distances = neighbour_list(
-            "ijSd", pbc=[periodic] * 3, cell=cell, positions=positions, cutoff=CUTOFF_LR
-        )
-        # of (i, j, S) and (j, i, -S) one is kept; of an atom's own images, a half space
-        side = np.sign(images) @ np.array([4, 2, 1])
-        once = (i < j) | ((i == j) & (side > 0))
-    else:
-        n = len(positions)
-        i, j = np.nonzero(~np.eye(n, dtype=bool))
-        distances = np.linalg.norm(positions[j] - positions[i], axis=1)
-        near = distances <= CUTOFF_LR
-        i, j, distances = i[near], j[near], distances[near]
-        images = np.zeros((len(i), 3))
-        once = i < j
-    short = distances <= cutoff
-    return (i[short], j[short], images[short]), (i[once], j[once], images[once])
+    x = positions.cpu().numpy()
+    if not periodic:
+        x = x - x.min(0)
+        cell = np.diag(x.max(0) + 1.0)
+    i, j, images, distances = neighbour_list(
+        "ijSd", pbc=[periodic] * 3, cell=cell, positions=x, cutoff=CUTOFF_LR
+    )
+    # of (i, j, S) and (j, i, -S) one is kept; of an atom's own images, a half space
+    side = np.sign(images) @ np.array([4, 2, 1])
+    once = (i < j) | ((i == j) & (side > 0))
+
+    def edges(chosen: np.ndarray) -> Edges:
+        a, b = (torch.as_tensor(k[chosen], dtype=torch.long, device=device) for k in (i, j))
+        return a, b, torch.as_tensor(images[chosen], dtype=torch.float64, device=device)
+
+    return edges(distances <= cutoff), edges(once)
 
 
 def pairs_by_trying_all(
-    positions: np.ndarray, cell: np.ndarray, cutoff: float, device: torch.device
+    positions: torch.Tensor, cell: np.ndarray, cutoff: float
 ) -> tuple[Edges, Edges]:
     """`pairs` of a box: for each image of the box that is near enough, all pairs of atoms."""
+    device = positions.device
     vectors = torch.as_tensor(cell, dtype=torch.float64, device=device)
-    x = torch.as_tensor(positions, dtype=torch.float64, device=device)
-    inverse = torch.linalg.inv(vectors)
-    home = torch.floor(x @ inverse)  # atoms may lie outside of the box
-    x = x - home @ vectors
+    home = torch.floor(positions @ torch.linalg.inv(vectors))  # atoms may lie outside of the box
+    x = positions - home @ vectors
     heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
     reach = np.ceil(CUTOFF_LR / heights).astype(int)
     images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), -1)
@@ -179,11 +214,9 @@ def pairs_by_trying_all(
         near = square <= CUTOFF_LR**2
         i, j = torch.nonzero(near if image.any() else near & upper, as_tuple=True)
         found.append((i, j, shift - home[j] + home[i], square[i, j] <= cutoff**2))
-    first, second, box, is_short = (
-        torch.cat(part).cpu().numpy() for part in zip(*found, strict=True)
-    )
+    first, second, box, is_short = (torch.cat(part) for part in zip(*found, strict=True))
     a, b, s = first[is_short], second[is_short], box[is_short]
-    both = np.concatenate([a, b]), np.concatenate([b, a]), np.concatenate([s, -s])
+    both = torch.cat([a, b]), torch.cat([b, a]), torch.cat([s, -s])
     return both, (first, second, box)
 
 
@@ -260,17 +293,7 @@ class So3lr:
         )
 
     def _collate(self, batch: Any, periodic: np.ndarray) -> dict[str, Any]:
-        short: list[Edges] = []
-        long: list[Edges] = []
         cells = np.where(periodic[:, None, None], batch.cell, np.eye(3))
-        for k, is_periodic in enumerate(periodic):
-            first, last = batch.offsets[k], batch.offsets[k + 1]
-            found = pairs(
-                batch.positions[first:last], cells[k], bool(is_periodic),
-                float(self._model.r_max), self._device,
-            )  # fmt: skip
-            for edges, (i, j, images) in zip((short, long), found, strict=True):
-                edges.append((i + first, j + first, images))
         count = np.diff(batch.offsets)
         system = self._tensor(np.repeat(np.arange(len(count)), count), torch.long)
         numbers = self._tensor(batch.atomic_numbers, torch.long)
@@ -286,14 +309,27 @@ class So3lr:
             "total_charge": self._tensor(batch.total_charge),
             "total_spin": self._tensor(np.zeros(len(count))),  # its weights were never trained
         }
-        for suffix, edges in (("", short), ("_lr", long)):
-            i, j, images = (np.concatenate(parts) for parts in zip(*edges, strict=True))
-            index = self._tensor(np.stack([i, j]), torch.long)
-            unit = self._tensor(images)
-            data[f"edge_index{suffix}"] = index
-            data[f"unit_shifts{suffix}"] = unit
-            data[f"shifts{suffix}"] = torch.einsum("ei,eij->ej", unit, cell[system[index[0]]])
+        lists = self._pairs(batch, cells, periodic)
+        for suffix, (i, j, images) in zip(("", "_lr"), lists, strict=True):
+            data[f"edge_index{suffix}"] = torch.stack([i, j])
+            data[f"unit_shifts{suffix}"] = unit = images.to(self._dtype)
+            data[f"shifts{suffix}"] = torch.einsum("ei,eij->ej", unit, cell[system[i]])
         return data
+
+    def _pairs(self, batch: Any, cells: np.ndarray, periodic: np.ndarray) -> tuple[Edges, Edges]:
+        x = self._tensor(batch.positions, torch.float64)
+        cutoff = float(self._model.r_max)
+        small = ~periodic & (np.diff(batch.offsets) <= _ALL_PAIRS)
+        found = [pairs_of_molecules(x, batch.offsets, np.flatnonzero(small), cutoff)]
+        for k in np.flatnonzero(~small).tolist():
+            first, last = int(batch.offsets[k]), int(batch.offsets[k + 1])
+            own = pairs(x[first:last], cells[k], bool(periodic[k]), cutoff)
+            found.append(tuple((i + first, j + first, s) for i, j, s in own))
+        short, long = (
+            tuple(torch.cat(part) for part in zip(*edges, strict=True))
+            for edges in zip(*found, strict=True)
+        )
+        return short, long
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.as_tensor(array, dtype=dtype or self._dtype, device=self._device)

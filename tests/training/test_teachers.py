@@ -216,12 +216,13 @@ import numpy as np, so3lr, torch
 rng = np.random.default_rng(0)
 upright, skewed = np.diag([9.0, 11.0, 13.0]), np.array([[8.0, 0, 0], [3, 9, 0], [-2, 1, 7]])
 for n, cell in ((60, upright), (40, skewed), (3, 3 * upright)):
-    x = rng.uniform(-1, 2, size=(n, 3)) @ cell  # some outside of the box
+    x = torch.tensor(rng.uniform(-1, 2, size=(n, 3)) @ cell)  # some outside of the box
     lists = so3lr.pairs(x, cell, True, 4.5)
-    tried = so3lr.pairs_by_trying_all(x, cell, 4.5, torch.device("cpu"))
+    tried = so3lr.pairs_by_trying_all(x, cell, 4.5)
     for each_once, mine, other in zip((False, True), lists, tried):
         def as_set(edges):
-            rows = {(int(i), int(j), *np.rint(s).astype(int).tolist()) for i, j, s in zip(*edges)}
+            i, j, s = edges
+            rows = {tuple(r) for r in torch.column_stack([i, j, s.round().long()]).tolist()}
             return {min(r, (r[1], r[0], -r[2], -r[3], -r[4])) if each_once else r for r in rows}
         assert len(mine[0]) == len(other[0]) == len(as_set(mine)) and as_set(mine) == as_set(other)
 print("alike")
