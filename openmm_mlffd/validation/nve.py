@@ -251,48 +251,83 @@ def run_nve_segment(
     Segments follow the trajectory of one long run to rounding. The shadow energy is not known
     in the first three steps of each.
     """
-    integrator = velocity_verlet(timestep)
-    context = make_context(system, integrator, platform)
-    _set_start(context, start)
-    every = max(1, round(sample / timestep))
-    n_steps = _count(picoseconds, timestep) // every * every
-    if n_steps == 0:
-        raise ValueError(
-            f"a run of {picoseconds} ps has no sample; sample every {sample} fs or less"
+    run = ConstantEnergy(system, start, timestep=timestep, sample=sample, platform=platform)
+    return run.go_on(picoseconds, progress)
+
+
+class ConstantEnergy:
+    """A run at constant energy that goes on in one Context; arguments as for `run_nve`."""
+
+    def __init__(
+        self,
+        system: openmm.System,
+        start: openmm.State,
+        *,
+        timestep: float = 0.5,
+        sample: float = 1.0,
+        platform: str | None = None,
+    ) -> None:
+        self._system, self._timestep = system, timestep
+        self._every = max(1, round(sample / timestep))
+        self._integrator = velocity_verlet(timestep)
+        self._context = make_context(system, self._integrator, platform)
+        _set_start(self._context, start)
+        self._last: list[float] | None = None
+
+    def go_on(
+        self, picoseconds: float, progress: Progress | None = None
+    ) -> tuple[EnergyTrace, openmm.State]:
+        """The next picoseconds: their energies, from the last sample on, and the State at the end.
+
+        Raises
+        ------
+        ValueError
+            If they are shorter than a sample.
+        openmm.OpenMMException
+            If the run explodes.
+        """
+        every, integrator = self._every, self._integrator
+        n_steps = _count(picoseconds, self._timestep) // every * every
+        if n_steps == 0:
+            raise ValueError(
+                f"a run of {picoseconds} ps has no sample; sample every "
+                f"{every * self._timestep:g} fs or less"
+            )
+        names = ("potential", "kinetic", "shadow")
+        begins = self._last is None
+        energies = [self._first() if self._last is None else self._last]
+        began = time.perf_counter()
+        energies.extend(
+            [integrator.getGlobalVariableByName(name) for name in names]
+            for _ in _steps(integrator, n_steps, every, progress)
         )
+        seconds = time.perf_counter() - began
+        self._last = energies[-1]
+        state = self._context.getState(positions=True, velocities=True)
+        potential, kinetic, shadow = np.array(energies).T / KJ_PER_MOL_PER_EV
+        if begins:
+            shadow[: math.ceil(3 / every)] = math.nan  # it looks two steps back
+        if self._system.getNumConstraints():
+            shadow[:] = math.nan
+        particles = range(self._system.getNumParticles())
+        trace = EnergyTrace(
+            timestep=self._timestep,
+            time=np.arange(len(energies), dtype=np.float64) * (every * self._timestep * 1e-3),
+            potential=potential,
+            kinetic=kinetic,
+            shadow=shadow,
+            n_atoms=sum(self._system.getParticleMass(i) > 0 * unit.dalton for i in particles),
+            n_dof=degrees_of_freedom(self._system),
+            end=_nanometers(state),
+            seconds_per_step=seconds / n_steps,
+        )
+        return trace, state
 
-    names = ("potential", "kinetic", "shadow")
-    state = context.getState(energy=True)
-    first = [
-        state.getPotentialEnergy(),
-        state.getKineticEnergy(),
-        math.nan * unit.kilojoule_per_mole,
-    ]
-    energies = [[energy.value_in_unit(unit.kilojoule_per_mole) for energy in first]]
-    began = time.perf_counter()
-    energies.extend(
-        [integrator.getGlobalVariableByName(name) for name in names]
-        for _ in _steps(integrator, n_steps, every, progress)
-    )
-    seconds = time.perf_counter() - began
-
-    potential, kinetic, shadow = np.array(energies).T / KJ_PER_MOL_PER_EV
-    shadow[: math.ceil(3 / every)] = math.nan  # it looks two steps back
-    if system.getNumConstraints():
-        shadow[:] = math.nan
-    particles = range(system.getNumParticles())
-    trace = EnergyTrace(
-        timestep=timestep,
-        time=np.arange(len(energies), dtype=np.float64) * (every * timestep * 1e-3),
-        potential=potential,
-        kinetic=kinetic,
-        shadow=shadow,
-        n_atoms=sum(system.getParticleMass(i) > 0 * unit.dalton for i in particles),
-        n_dof=degrees_of_freedom(system),
-        end=_nanometers(context.getState(positions=True)),
-        seconds_per_step=seconds / n_steps,
-    )
-    return trace, context.getState(positions=True, velocities=True)
+    def _first(self) -> list[float]:
+        """Energies of the start [kJ/mol]; the shadow energy is not known."""
+        state = self._context.getState(energy=True)
+        known = (state.getPotentialEnergy(), state.getKineticEnergy())
+        return [*(e.value_in_unit(unit.kilojoule_per_mole) for e in known), math.nan]
 
 
 def measure_nve(

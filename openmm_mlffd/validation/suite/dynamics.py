@@ -14,7 +14,7 @@ from openmm import unit
 
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 from openmm_mlffd.validation.conservation import EnergyTrace
-from openmm_mlffd.validation.nve import degrees_of_freedom, make_context, run_nve_segment
+from openmm_mlffd.validation.nve import ConstantEnergy, degrees_of_freedom, make_context
 from openmm_mlffd.validation.suite.plan import EnsembleRun
 from openmm_mlffd.validation.suite.store import Clock, read_arrays, write_arrays
 from openmm_mlffd.validation.suite.systems import System
@@ -25,7 +25,7 @@ FRICTION = 5.0
 BAROSTAT_INTERVAL = 10
 """Steps between attempts to change the volume."""
 
-SEGMENTS = 800
+SEGMENTS = 200
 """A run is cut into so many at most; an interruption costs one."""
 
 SEGMENT_STEPS = 250
@@ -134,7 +134,7 @@ def run_langevin(
         openmm_system.addForce(
             openmm.MonteCarloBarostat(run.pressure, run.temperature, BAROSTAT_INTERVAL)
         )
-    parts = _read_segments(folder, "segment")
+    parts = read_segments(folder, "segment")
     done = sum(len(p["time"]) for p in parts)
     spent = sum(float(p["seconds"]) for p in parts)
     segment = max(math.ceil(n_frames / segments), math.ceil(SEGMENT_STEPS / every))
@@ -162,7 +162,8 @@ def run_langevin(
     )
 
 
-def _read_segments(folder: Path, stem: str) -> list[dict[str, NDArray[Any]]]:
+def read_segments(folder: Path, stem: str) -> list[dict[str, NDArray[Any]]]:
+    """What a run has left in its folder so far; ``segment`` or ``nve-0.5fs`` is the stem."""
     parts: list[dict[str, NDArray[Any]]] = []
     while (path := folder / f"{stem}-{len(parts):04d}.npz").is_file():
         parts.append(read_arrays(path))
@@ -220,7 +221,8 @@ def _segment(
     n = len(frames["time"])
     shapes = {"positions": (n, len(system.numbers), 3), "cell": (n, 3, 3)}
     arrays = {k: np.array(v, float).reshape(shapes.get(k, (n,))) for k, v in frames.items()}
-    arrays["positions"] = arrays["positions"].astype(np.float32)
+    # rounded to 1/1024 Å, which makes the files half as large
+    arrays["positions"] = (np.round(arrays["positions"] * 1024) / 1024).astype(np.float32)
     return arrays | _end(context, failure, time.perf_counter() - began)
 
 
@@ -272,20 +274,21 @@ def run_nve_on_disk(
     """
     system = make_system()
     stem = f"nve-{timestep:g}fs"
-    traces = _read_segments(folder, stem)
+    traces = read_segments(folder, stem)
     if traces:
         start = openmm.XmlSerializer.deserialize(str(traces[-1]["state"]))
     done = sum(float(t["length"]) for t in traces)
     spent = sum(float(t["seconds"]) for t in traces)
     grain = 1e-3 * timestep * max(1, round(sample / timestep))  # ps; segments are whole samples
     segment = max(picoseconds / SEGMENTS, 1e-3 * timestep * SEGMENT_STEPS)
+    run: ConstantEnergy | None = None
     while done < picoseconds - 0.5 * grain and (spent < 60 * minutes or not traces):
         clock.check(segment * spent / done if done else 0.0)
         length = max(1, round(min(segment, picoseconds - done) / grain)) * grain
         began = time.perf_counter()
-        trace, start = run_nve_segment(
-            system, start, timestep=timestep, picoseconds=length, sample=sample
-        )
+        if run is None:
+            run = ConstantEnergy(system, start, timestep=timestep, sample=sample)
+        trace, start = run.go_on(length)
         part = {
             "potential": trace.potential, "kinetic": trace.kinetic, "shadow": trace.shadow,
             "time": trace.time, "length": np.array(length), "end": trace.end,
@@ -297,11 +300,13 @@ def run_nve_on_disk(
         traces.append(part)
         done, spent = done + length, spent + float(part["seconds"])
         progress(label, done, picoseconds)
-    return _join(traces, timestep, system)
+    masses = [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
+    n_atoms = sum(mass > 0 for mass in masses)
+    return join_nve(traces, timestep, n_atoms, degrees_of_freedom(system))
 
 
-def _join(
-    parts: list[dict[str, NDArray[Any]]], timestep: float, system: openmm.System
+def join_nve(
+    parts: Sequence[dict[str, NDArray[Any]]], timestep: float, n_atoms: int, n_dof: int
 ) -> EnergyTrace:
     """One trace of all segments; the first sample of each is the last of the one before."""
     offsets = np.cumsum([0.0] + [float(p["length"]) for p in parts])
@@ -311,15 +316,14 @@ def _join(
         return np.concatenate([p[name][cut:] for p, cut in zip(parts, cuts, strict=True)])
 
     times = [p["time"][c:] + o for p, c, o in zip(parts, cuts, offsets[:-1], strict=True)]
-    masses = [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
     return EnergyTrace(
         timestep=timestep,
         time=np.concatenate(times),
         potential=join("potential"),
         kinetic=join("kinetic"),
         shadow=join("shadow"),
-        n_atoms=sum(mass > 0 for mass in masses),
-        n_dof=degrees_of_freedom(system),
+        n_atoms=n_atoms,
+        n_dof=n_dof,
         end=parts[-1]["end"],
         seconds_per_step=float(np.mean([p["seconds_per_step"] for p in parts])),
     )

@@ -9,7 +9,7 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 
-from openmm_mlffd.validation.conservation import Check, EnergyTrace
+from openmm_mlffd.validation.conservation import Check, Conservation, EnergyTrace
 from openmm_mlffd.validation.nve import equilibrate
 from openmm_mlffd.validation.suite.dynamics import run_nve_on_disk
 from openmm_mlffd.validation.suite.job import Job, named
@@ -32,6 +32,9 @@ RAMP_STEP = 5e-4
 
 LARGEST_SAMPLES = 100_000
 """Samples of a trace; longer runs are sampled more rarely."""
+
+ATOMIZATION = 5.0
+"""Energy that takes an organic molecule apart, typically [eV/atom]; drifts are given in it, too."""
 
 _DIFFERENCE = 2e-4  # Å, of central differences of fourth order
 
@@ -108,6 +111,17 @@ def _run(
         progress=job.progress,
         label=f"NVE {run.name} {timestep:g} fs",
     )
+
+
+def relative_slopes(result: Conservation, trace: EnergyTrace) -> dict[str, float]:
+    """The slope relative to the kinetic energy and to a typical atomisation energy [%/ns]."""
+    kinetic = 1e3 * float(trace.kinetic.mean()) / trace.n_atoms  # meV/atom
+    return {
+        "slope_of_kinetic": 100 * result.slope / kinetic,
+        "slope_of_kinetic_error": 100 * result.slope_error / kinetic,
+        "slope_of_atomization": 100 * result.slope / (1e3 * ATOMIZATION),
+        "slope_of_atomization_error": 100 * result.slope_error / (1e3 * ATOMIZATION),
+    }
 
 
 def measure_smoothness(job: Job) -> tuple[dict[str, Any], list[Check]]:

@@ -8,7 +8,6 @@ from typing import Any
 from openmm_mlffd.units import BOLTZMANN
 from openmm_mlffd.validation import figures
 from openmm_mlffd.validation.conservation import (
-    Conservation,
     EnergyTrace,
     conservation,
     halving_ratio,
@@ -23,15 +22,14 @@ from openmm_mlffd.validation.report import (
 )
 from openmm_mlffd.validation.suite.job import Job, SectionResult, named
 from openmm_mlffd.validation.suite.nve_runs import (
+    ATOMIZATION,
     RAMP_STEP,
     TEMPERATURE,
     measure_run,
     measure_smoothness,
+    relative_slopes,
 )
 from openmm_mlffd.validation.suite.plan import NVERun
-
-ATOMIZATION = 5.0
-"""Energy that takes an organic molecule apart, typically [eV/atom]; drifts are given in it, too."""
 
 
 def run_nve_section(job: Job) -> SectionResult:
@@ -70,17 +68,6 @@ def run_numbers(run: NVERun, traces: Sequence[EnergyTrace]) -> dict[str, Any]:
         "runs": rows,
         "halving_ratios": [halving_ratio(fine, coarse) for fine, coarse in pairwise(traces)],
         "judged": run.judged,
-    }
-
-
-def relative_slopes(result: Conservation, trace: EnergyTrace) -> dict[str, float]:
-    """The slope relative to the kinetic energy and to a typical atomisation energy [%/ns]."""
-    kinetic = 1e3 * float(trace.kinetic.mean()) / trace.n_atoms  # meV/atom
-    return {
-        "slope_of_kinetic": 100 * result.slope / kinetic,
-        "slope_of_kinetic_error": 100 * result.slope_error / kinetic,
-        "slope_of_atomization": 100 * result.slope / (1e3 * ATOMIZATION),
-        "slope_of_atomization_error": 100 * result.slope_error / (1e3 * ATOMIZATION),
     }
 
 

@@ -271,7 +271,7 @@ def _smoke() -> Plan:
 def _full() -> Plan:
     mixed = "single"
     peptide = EnsembleRun(system=PEPTIDE, picoseconds=200.0, frame=0.05)
-    water = EnsembleRun(system=WATER, picoseconds=200.0, frame=0.05, pressure=1.0, copies=(2, 2, 1))
+    water = EnsembleRun(system=WATER, picoseconds=200.0, frame=0.1, pressure=1.0, copies=(2, 2, 1))
     return Plan(
         level="full",
         run_minutes=2.0,
@@ -283,7 +283,7 @@ def _full() -> Plan:
             ),
             NVERun(system=DRUG, picoseconds=4.0),
             NVERun(system=PEPTIDE, picoseconds=4.0),
-            NVERun(system=PEPTIDE, picoseconds=4.0, precision=mixed),
+            NVERun(system=PEPTIDE, picoseconds=50.0, precision=mixed),
             NVERun(
                 system=WATER, picoseconds=1.0, timesteps=(0.5, 1.0), precision=mixed,
                 copies=(4, 2, 2), judged=False,
