@@ -177,13 +177,28 @@ class Potential(nn.Module):
     def learned_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """The network's energy of each atom [eV], shape ``(n_atoms,)``, float64."""
         vectors = vectors.to(self.network.embedding.weight.dtype)
-        radii = self._core.to(vectors)[graph.species]
-        core = (radii[graph.edge_index[0]] + radii[graph.edge_index[1]]).clamp(
-            min=self.smallest_core
+        energies = self.network(
+            graph.species, vectors, graph.edge_index, self._cores(graph, vectors)
         )
-        energies = self.network(graph.species, vectors, graph.edge_index, core)
         energies = energies.to(torch.float64) * self.energy_scale
         return soft_bound(energies, self.energy_bound) if self.energy_bound > 0 else energies
+
+    @torch.jit.unused
+    def partial_charges(self, graph: Graph, vectors: Tensor) -> Tensor:
+        """Partial charge of each atom [e], shape ``(n_atoms,)``, float64; zeros without a head."""
+        if not isinstance(self.network, VariantPaiNN):
+            return torch.zeros_like(graph.positions[:, 0])
+        vectors = vectors.to(self.network.embedding.weight.dtype)
+        charges = self.network.energies_and_charges(
+            graph.species, vectors, graph.edge_index, self._cores(graph, vectors)
+        )[1]
+        return charges.to(torch.float64)
+
+    def _cores(self, graph: Graph, vectors: Tensor) -> Tensor:
+        """Distance of each edge below which the network sees distances compressed [Å]."""
+        radii = self._core.to(vectors)[graph.species]
+        cores = radii[graph.edge_index[0]] + radii[graph.edge_index[1]]
+        return cores.clamp(min=self.smallest_core)
 
     def repulsion_energies(self, graph: Graph, vectors: Tensor) -> Tensor:
         """Repulsion of each atom, crowding included [eV], shape ``(n_atoms,)``, float64."""

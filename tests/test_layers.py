@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "files": ("modelfile", "facts physics process package", "torch numpy safetensors"),
     "adapter": (
-        "batched captured engine engines evaluator faults novelty",
+        "batched captured charges engine engines evaluator faults novelty",
         "facts kernels physics files adapter process package",
         "torch numpy safetensors",
     ),
@@ -109,14 +109,15 @@ GROUPS: dict[str, tuple[str, str, str]] = {
 _OPENMM = (
     "interfaces.openmm_potential interfaces.openmm_stored interfaces.openmm_pressure "
     "interfaces.openmm_mts interfaces.openmm_alarm interfaces.openmm_prepare "
-    "interfaces.openmm_untangle interfaces.openmm_device interfaces.openmm_torch validation.*"
+    "interfaces.openmm_untangle interfaces.openmm_device interfaces.openmm_torch "
+    "interfaces.openmm_mixed validation.*"
 )
 # libraries that are imported in these modules and nowhere else, however deep the call
 ONLY_IN = {
     "openmm": f"{_OPENMM} bench.* training.generation.*",
     "openmmml": (
-        "interfaces.openmm_potential interfaces.openmm_mts interfaces.openmm_prepare validation.* "
-        "bench.*"
+        "interfaces.openmm_potential interfaces.openmm_mixed interfaces.openmm_mts "
+        "interfaces.openmm_prepare validation.* bench.*"
     ),
     "openmmtorch": "interfaces.openmm_torch",
     "ase": (

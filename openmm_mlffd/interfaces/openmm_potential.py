@@ -21,6 +21,13 @@ from openmm_mlffd.elements import atomic_number
 from openmm_mlffd.engines import PRECISIONS
 from openmm_mlffd.evaluator import StudentSource, resolve_device
 from openmm_mlffd.interfaces.openmm_force import VERSION, ComputationSettings, StudentComputation
+from openmm_mlffd.interfaces.openmm_mixed import (
+    ELECTROSTATIC,
+    check_student,
+    classical_part,
+    embedding_force,
+    interpolated,
+)
 from openmm_mlffd.interfaces.openmm_topology import (
     atomic_numbers,
     check_hydrogens,
@@ -194,8 +201,7 @@ class MLFFDPotentialImpl(MLPotentialImpl):
         options = self._call_options(args, mixed=atoms is not None)
         indices = None if atoms is None else [int(i) for i in atoms]
         chosen = _chosen_atoms(topology, indices)
-        known = [atomic_number(element) for element in read_header(self.student.locate()).elements]
-        numbers = atomic_numbers(chosen, known)
+        numbers = atomic_numbers(chosen, self._known_numbers())
         if not options.allowMissingHydrogens:
             check_hydrogens(topology, chosen)
         settings = ComputationSettings(
@@ -226,9 +232,74 @@ class MLFFDPotentialImpl(MLPotentialImpl):
         force.setForceGroup(forceGroup)
         system.addForce(force)
 
+    def getSupportedEmbeddings(self) -> list[str]:
+        """Embeddings besides openmmml's own; a student without charges refuses it in words."""
+        return [ELECTROSTATIC]
+
+    def createMixedSystem(
+        self,
+        topology: openmm.app.Topology,
+        system: openmm.System,
+        atoms: list[int],
+        forceGroup: int,
+        interpolate: bool,
+        embedding: str,
+        returnInfo: bool = False,
+        **args: Any,
+    ) -> openmm.System:
+        """Make a mixed System with electrostatic embedding; called by openmmml.
+
+        Parameters
+        ----------
+        topology, system, atoms, forceGroup, interpolate, returnInfo
+            As of `MLPotential.createMixedSystem`; the atoms are whole molecules.
+        embedding
+            ``'electrostatic'``.
+        args
+            Keywords of this potential.
+
+        Raises
+        ------
+        TypeError
+            If a keyword is unknown.
+        ValueError
+            If the student has no charges, a molecule is cut, the System has charges in a form that
+            cannot be embedded in, or as `addForces`.
+        """
+        options = self._call_options(args, mixed=True)
+        check_student(read_header(self.student.locate()), args)
+        atoms = [int(i) for i in atoms]
+        chosen = _chosen_atoms(topology, atoms)
+        periodic = _is_periodic(topology, system)
+        student = {
+            "name": self.student.name,
+            "path": self.student.path,
+            "sha256": self.student.sha256,
+            "numbers": atomic_numbers(chosen, self._known_numbers()),
+            "periodic": periodic,
+            "precision": options.precision or "single",
+            "device": None if options.device is None else str(options.device),
+        }
+        force = embedding_force(topology, system, atoms, student)
+        force.setForceGroup(forceGroup)
+        mixed = classical_part(topology, system, atoms)
+        if not interpolate:
+            self.addForces(topology, mixed, atoms, forceGroup, **args)
+            mixed.addForce(force)
+            return mixed
+
+        def forces(helper: Any) -> None:
+            helper.addMLPotentialTerms(self, topology, atoms, forceGroup, **args)
+            helper.addMLTerm(force)
+
+        return interpolated(topology, system, mixed, atoms, forces)
+
     def getMLLongRange(self) -> bool:
         """Students end at their cutoff: nothing reaches beyond."""
         return False
+
+    def _known_numbers(self) -> list[int]:
+        return [atomic_number(element) for element in read_header(self.student.locate()).elements]
 
     def _call_options(self, args: dict[str, Any], mixed: bool) -> _Options:
         misplaced = [key for key in _STUDENT_KEYWORDS if key in args]

@@ -13,8 +13,9 @@ except ImportError as error:
     raise ImportError(f"OpenMM is needed ({error}): pip install 'openmm-mlffd[openmm]'") from error
 
 from openmm_mlffd.evaluator import Evaluator
+from openmm_mlffd.interfaces.openmm_embedding import ElectrostaticEmbedding
 from openmm_mlffd.interfaces.openmm_force import StudentComputation
-from openmm_mlffd.interfaces.openmm_stored import student_functions
+from openmm_mlffd.interfaces.openmm_stored import package_functions, student_functions
 from openmm_mlffd.units import (
     ANGSTROM_PER_NM,
     BAR_PER_EV_PER_CUBIC_ANGSTROM,
@@ -169,12 +170,12 @@ def pressure(context: openmm.Context) -> Pressure:
 
 def _double_precision_context(system: openmm.System) -> openmm.Context:
     system = copy.deepcopy(system)
-    for index, function in sorted(student_functions(system).items(), reverse=True):
-        if not isinstance(function, StudentComputation):
+    for index, function in sorted(package_functions(system).items(), reverse=True):
+        if not isinstance(function, StudentComputation | ElectrostaticEmbedding):
             continue
         old = system.getForce(index)
         settings = dict(function.settings) | {"precision": "double"}
-        force = openmm.PythonForce(StudentComputation(settings))  # type: ignore[arg-type]
+        force = openmm.PythonForce(type(function)(settings))  # type: ignore[arg-type]
         force.setUsesPeriodicBoundaryConditions(old.usesPeriodicBoundaryConditions())
         force.setParticles(list(old.getParticles()))
         system.removeForce(index)

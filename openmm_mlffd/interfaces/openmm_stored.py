@@ -15,7 +15,8 @@ try:
 except ImportError as error:
     raise ImportError(f"OpenMM is needed ({error}): pip install 'openmm-mlffd[openmm]'") from error
 
-from openmm_mlffd.interfaces import openmm_correction, openmm_force
+from openmm_mlffd.interfaces import openmm_correction, openmm_embedding, openmm_force
+from openmm_mlffd.interfaces.openmm_embedding import ElectrostaticEmbedding, EmbeddingSettings
 from openmm_mlffd.interfaces.openmm_force import (
     ComputationSettings,
     LastGood,
@@ -33,7 +34,11 @@ _OPCODES = """
 """
 _RESTORERS: dict[tuple[str, str], Callable[..., Any]] = {
     (function.__module__, function.__name__): function
-    for function in (openmm_force.restore_computation, openmm_correction.restore_correction)
+    for function in (
+        openmm_force.restore_computation,
+        openmm_correction.restore_correction,
+        openmm_embedding.restore_embedding,
+    )
 }
 _HASH_LINE = re.compile(rb"\n<!-- mlffd sha256: ([0-9a-f]{64}) -->\s*\Z")
 
@@ -64,7 +69,7 @@ def restore_function(payload: bytes) -> Any:
 
     Returns
     -------
-    StudentComputation or TeacherCorrection
+    StudentComputation, TeacherCorrection or ElectrostaticEmbedding
         Nothing is loaded yet.
 
     Raises
@@ -89,13 +94,24 @@ def restore_function(payload: bytes) -> Any:
         raise
     except Exception as error:
         raise UnsafeSystemError(f"a stored function is damaged: {error}") from error
-    students = getattr(function, "all_settings", None) or [function.settings]
-    for settings in students:
-        _check_settings(settings)
+    wanted: type = ComputationSettings
+    if isinstance(function, ElectrostaticEmbedding):
+        wanted = EmbeddingSettings
+    for settings in getattr(function, "all_settings", None) or [function.settings]:
+        _check_settings(settings, wanted)
     return function
 
 
 def student_functions(system: openmm.System) -> dict[int, Any]:
+    """Students among the forces of a System, by the force's index; see `package_functions`."""
+    return {
+        index: function
+        for index, function in package_functions(system).items()
+        if not isinstance(function, ElectrostaticEmbedding)
+    }
+
+
+def package_functions(system: openmm.System) -> dict[int, Any]:
     """Functions of this package among the forces of a System, by the force's index.
 
     Forces inside a `CustomCVForce`, as interpolation makes them, are not looked at; functions of
@@ -260,11 +276,11 @@ def _payload(element: ElementTree.Element) -> bytes:
         raise UnsafeSystemError(f"a PythonForce without a readable function ({error})") from error
 
 
-def _check_settings(settings: Any) -> None:
-    wanted = get_type_hints(ComputationSettings)
-    if not isinstance(settings, dict) or not set(settings) <= set(wanted):
+def _check_settings(settings: Any, wanted: type) -> None:
+    if not isinstance(settings, dict) or not set(settings) <= set(get_type_hints(wanted)):
         raise UnsafeSystemError("a stored function has settings that openmm-mlffd does not know")
-    for key in ("numbers", "atoms"):
+    lists = {key: int for key in ("numbers", "atoms", "molecules", "totals")} | {"charges": float}
+    for key, kind in lists.items():
         values = settings.get(key) or []
-        if not isinstance(values, list) or not all(isinstance(v, int) for v in values):
+        if not isinstance(values, list) or not all(isinstance(v, kind) for v in values):
             raise UnsafeSystemError(f"the setting {key} of a stored function is no list of numbers")

@@ -2,7 +2,8 @@
 # The tests that need a GPU and all that is measured on one, in nine minutes; logs, JSON and a figure in
 # ${OUT:-bench}. A part that fails or hangs does not stop the rest. From the project's root:
 #   bash tests/benchmarks/on_gpu.sh                             everything but what follows
-#   PARTS=openmm-long bash tests/benchmarks/on_gpu.sh           a protein, and water at constant pressure
+#   PARTS=openmm-long bash tests/benchmarks/on_gpu.sh           barostat moves, a ligand in a protein, a protein
+#   PARTS=openmm-npt bash tests/benchmarks/on_gpu.sh            water at constant pressure, 200 ps if it is fast enough
 #   PARTS="tests speed" bash tests/benchmarks/on_gpu.sh         these parts
 #   SMALL=1 bash tests/benchmarks/on_gpu.sh          tiny, on the CPU: whether the parts run at all
 # It needs no network, no h5py and no compiler of Warp for the CPU. TEACHERS="orb-v2" times teachers
@@ -48,7 +49,7 @@ part tests 110 "${pytest[@]}" -m gpu tests/kernels tests/core tests/interfaces
 part openmm-torch 35 "${pytest[@]}" tests/interfaces/test_openmm_torch.py
 bench overhead 15 overhead --sizes "${sizes:-22,50,1000,5000,25000}"
 part openmm 75 "$python" tests/benchmarks/openmm_gpu.py --output "$out/openmm.json" --budget 70 \
-    --only machine,host,agreement,alarm,ligand ${small:+--platform Reference --small}
+    --only machine,host,agreement,alarm ${small:+--platform Reference --small}
 bench agreement 45 agreement
 bench speed 120 speed --sizes "${sizes:-22,50,1000,5000,25000,100000}" --engines "$engines" ${REFERENCE:+--compare "$REFERENCE"}
 bench batch 15 batch
@@ -57,5 +58,7 @@ bench profile 35 profile --sizes "${sizes:-50,5000,100000}" --precisions single,
 [ -z "${TEACHERS:-}" ] ||
     bench teachers 70 speed --sizes "${sizes:-50,1000,5000}" --engines python --precisions single --teachers "$TEACHERS"
 part openmm-long 340 "$python" tests/benchmarks/openmm_gpu.py --output "$out/openmm-long.json" --budget 330 \
-    --only machine,barostat_moves,protein,npt ${small:+--platform Reference --small}
+    --only machine,barostat_moves,ligand,protein ${small:+--platform Reference --small}
+part openmm-npt 590 "$python" tests/benchmarks/openmm_gpu.py --output "$out/openmm-npt.json" --budget 570 \
+    --only machine,npt ${small:+--platform Reference --small}
 echo "######## $((SECONDS - began)) s; failed: ${failed[*]:-nothing}" | tee -a "$out/log.txt"
