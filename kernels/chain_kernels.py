@@ -58,12 +58,14 @@ _COMMON = """
     __shared__ float X[ROOM];
     #define SYNC __syncthreads()
     #define UNROLL _Pragma("unroll")
+    #define UNROLL_SOME _Pragma("unroll (MANY > 5 ? 4 : 8)")
 #else
     constexpr int T = 1;
     const int t = 0;
     float X[ROOM];
     #define SYNC
     #define UNROLL
+    #define UNROLL_SOME
 #endif
     const int start = thread / T * R;
     constexpr int ITEMS = (R * C + T - 1) / T;
@@ -91,7 +93,7 @@ _COMMON = """
             UNROLL for (int m = 0; m < MANY; ++m) sums[m][0] = sums[m][1] = 0.0f;   \\
             const float* w = (matrix) + (long long)k_part * TERMS * (NO) + column;  \\
             const float* x = X + k_part * TERMS;                                    \\
-            for (int k = 0; k < TERMS; k += 4) {                                    \\
+            UNROLL_SOME for (int k = 0; k < TERMS; k += 4) {                            \\
                 Two m4[4];                                                          \\
                 UNROLL for (int q = 0; q < 4; ++q)                                  \\
                     m4[q] = *(const Two*)(w + (long long)(k + q) * (NO));           \\
