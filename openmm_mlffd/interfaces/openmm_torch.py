@@ -9,6 +9,7 @@ in each step, into rows of fixed length, and could not say that they are too sho
 import functools
 import json
 import logging
+import re
 import statistics
 import time
 from collections import OrderedDict
@@ -87,7 +88,24 @@ def torch_force_class() -> Any:
             f"engine='torchscript' needs OpenMM-Torch, which cannot be loaded ({error}): {advice}; "
             "engine='python' needs nothing more"
         ) from error
+    _load_late()
     return TorchForce
+
+
+@functools.cache
+def _load_late() -> None:
+    """Load OpenMM-Torch's plugins that could not be loaded before PyTorch was.
+
+    OpenMM loads plugins when it is imported, and these find PyTorch's libraries only where it has
+    been imported before.
+    """
+    for failure in openmm.Platform.getPluginLoadFailures():
+        found = re.search(r"Error loading library (\S*OpenMMTorch\S*?): ", failure)
+        if found:
+            try:
+                openmm.Platform.loadPluginLibrary(found[1])
+            except openmm.OpenMMException as error:
+                _log.info("OpenMM-Torch: %s", error)
 
 
 def make_torch_force(settings: ComputationSettings) -> Any:
