@@ -25,6 +25,10 @@ BATCH_ATOMS = 20_000
 _KEPT = 4  # batches that were seen again: their memory and CUDA graphs are kept
 
 
+_NO_CELL = np.zeros((3, 3))
+_NOWHERE, _EVERYWHERE = np.zeros(3, dtype=np.bool_), np.ones(3, dtype=np.bool_)
+
+
 class AtomicSystem(NamedTuple):
     """Atoms at a place. A plain tuple of the same will do."""
 
@@ -132,36 +136,13 @@ class BatchedEvaluator:
         OutOfMemory, NotFinite, DeviceLost
             See `faults`.
         """
-        checked = [self._checked(k, AtomicSystem(*system)) for k, system in enumerate(systems)]
+        checked = [_checked(k, AtomicSystem(*system)) for k, system in enumerate(systems)]
+        _check_all(checked)
         found: list[Evaluation | None] = [None] * len(checked)
         for batch in _batches(checked, self.batch_atoms):
             for system, evaluation in zip(batch, self._evaluate(batch), strict=True):
                 found[system.place] = evaluation
         return [evaluation for evaluation in found if evaluation is not None]
-
-    def _checked(self, index: int, system: AtomicSystem) -> _Checked:
-        numbers = np.asarray(system.numbers, dtype=np.int64)
-        positions = np.asarray(system.positions, dtype=np.float64)
-        cell = np.zeros((3, 3))
-        pbc = np.zeros(3, dtype=np.bool_)
-        if numbers.ndim != 1 or not len(numbers) or positions.shape != (len(numbers), 3):
-            raise ValueError(
-                f"system {index}: atoms and positions of shape (n_atoms, 3) are needed, got "
-                f"{numbers.shape} numbers and positions of shape {positions.shape}"
-            )
-        if not np.isfinite(positions).all():
-            bad = int(np.flatnonzero(~np.isfinite(positions).all(axis=1))[0])
-            raise ValueError(f"system {index}: the position of atom {bad} is not finite")
-        if system.cell is None:
-            if system.pbc is not None and np.any(system.pbc):
-                raise ValueError(f"system {index}: periodic directions need a cell")
-        else:
-            pbc = ~pbc if system.pbc is None else np.array(system.pbc, dtype=np.bool_)
-            cell = np.where(pbc[:, None], np.asarray(system.cell, dtype=np.float64), 0.0)
-        vectors = cell[pbc]
-        if len(vectors) and not np.linalg.svd(vectors, compute_uv=False).prod() > 1e-6:
-            raise ValueError(f"system {index}: the periodic box has no volume: {cell.tolist()}")
-        return _Checked(index, numbers, positions, cell, pbc)
 
     def _evaluate(self, batch: Sequence[_Checked]) -> Iterator[Evaluation]:
         positions = np.concatenate([s.positions for s in batch])
@@ -175,17 +156,15 @@ class BatchedEvaluator:
             if better is error:
                 raise
             raise better from error
-        ends = np.cumsum([len(s.numbers) for s in batch])[:-1]
-        yield from (
-            Evaluation(float(energy), forces.copy(), virial.copy(), atoms.copy())
-            for energy, forces, virial, atoms in zip(
-                out.energy.numpy(),
-                np.split(out.forces.numpy(), ends),
-                out.virial.numpy(),
-                np.split(out.atom_energies.numpy(), ends),
-                strict=True,
+        energies, virials = out.energy.tolist(), out.virial.numpy()
+        forces, of_atoms = out.forces.numpy(), out.atom_energies.numpy()
+        start = 0
+        for k, system in enumerate(batch):
+            end = start + len(system.numbers)
+            yield Evaluation(
+                energies[k], forces[start:end].copy(), virials[k].copy(), of_atoms[start:end].copy()
             )
-        )
+            start = end
 
     def _step(self, batch: Sequence[_Checked]) -> CapturedStep:
         """Memory for a batch; kept from the second time on that these atoms come."""
@@ -215,6 +194,54 @@ class BatchedEvaluator:
             )
             fast = self._fast_for(len(numbers))
             return CapturedStep(fast, lists, True, False, _refuse, None, capture=keep)
+
+
+def _checked(index: int, system: AtomicSystem) -> _Checked:
+    """A system as arrays of the right shapes."""
+    numbers = np.asarray(system.numbers, dtype=np.int64)
+    positions = np.asarray(system.positions, dtype=np.float64)
+    if numbers.ndim != 1 or not len(numbers) or positions.shape != (len(numbers), 3):
+        raise ValueError(
+            f"system {index}: atoms and positions of shape (n_atoms, 3) are needed, got "
+            f"{numbers.shape} numbers and positions of shape {positions.shape}"
+        )
+    if system.cell is None:
+        if system.pbc is not None and np.any(system.pbc):
+            raise ValueError(f"system {index}: periodic directions need a cell")
+        return _Checked(index, numbers, positions, _NO_CELL, _NOWHERE)
+    cell = np.asarray(system.cell, dtype=np.float64)
+    if system.pbc is None:
+        return _Checked(index, numbers, positions, cell, _EVERYWHERE)
+    pbc = np.array(system.pbc, dtype=np.bool_)
+    return _Checked(index, numbers, positions, np.where(pbc[:, None], cell, 0.0), pbc)
+
+
+def _check_all(systems: Sequence[_Checked]) -> None:
+    """Refuse positions that are not finite and boxes without volume; of all systems at once."""
+    if not systems:
+        return
+    if not np.isfinite(np.concatenate([s.positions for s in systems])).all():
+        for s in systems:
+            bad = np.flatnonzero(~np.isfinite(s.positions).all(axis=1))
+            if len(bad):
+                raise ValueError(f"system {s.place}: the position of atom {bad[0]} is not finite")
+    cells, pbc = np.stack([s.cell for s in systems]), np.stack([s.pbc for s in systems])
+    # vectors that are not periodic are zero: unit vectors at right angles leave the volume
+    frames = cells if pbc.all() else _completed(cells, pbc)
+    for k in np.flatnonzero(~(np.abs(np.linalg.det(frames)) > 1e-6)).tolist():
+        raise ValueError(
+            f"system {systems[k].place}: the periodic box has no volume: {cells[k].tolist()}"
+        )
+
+
+def _completed(cells: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Cells whose vectors that are not periodic are of length 1 and at right angles to the rest."""
+    found = cells.copy()
+    for k in np.flatnonzero(~pbc.all(axis=1)).tolist():
+        rest = ~pbc[k]
+        _, _, axes = np.linalg.svd(cells[k][pbc[k]])
+        found[k][rest] = axes[pbc[k].sum() :]
+    return found
 
 
 class FusedGraphs:
