@@ -1,6 +1,13 @@
 """Importing this module registers every operator `torch.ops.mlffd.*`."""
 
-from openmm_mlffd.kernels import edge_ops, message_ops, neighbor_ops, node_ops, product_ops  # noqa: F401
+from openmm_mlffd.kernels import (  # noqa: F401
+    edge_ops,
+    message_ops,
+    neighbor_ops,
+    node_ops,
+    product_ops,
+    training_ops,
+)
 from openmm_mlffd.kernels.library import LIBRARY
 
 # Compiled students name it where it is never called. What they need is then said by the error of
