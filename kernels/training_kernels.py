@@ -305,17 +305,18 @@ _BACKWARD = """
         CHANNELS out[((long long)owner * NX + k) * C + c0 + b] = sum[k][b];
 """
 
-# As edges go on, either the chunk or the interval is the next one: the sum of both numbers is a
-# place that no other chunk writes to, and those of an interval are side by side.
+# Each group has one of the filters, so that sums stay in registers. As edges go on, either the
+# chunk or the interval is the next one: the sum of both numbers is a place that no other chunk
+# writes to, and those of an interval are side by side.
 _TABLE = """
     constexpr int SIZE = (P + 1) * NF * C;
-    const int n_present = bins[n_intervals];
-    const int begin = owner * CHUNK, end = begin + CHUNK < n_present ? begin + CHUNK : n_present;
+    const int n_present = bins[n_intervals], chunk = owner / NF, k = owner % NF;
+    const int begin = chunk * CHUNK, end = begin + CHUNK < n_present ? begin + CHUNK : n_present;
     int current = -1;
-    real sum[P + 1][NF][CPL];
-    #define PUT_SUMS                                                                \\
-        for (int q = 0; q <= P; ++q) for (int k = 0; k < NF; ++k) CHANNELS          \\
-            out[(long long)(owner + current) * SIZE + (q * NF + k) * C + c0 + b] = sum[q][k][b]
+    real sum[P + 1][CPL], value[CPL], slope[CPL];
+    #define PUT_SUMS                                                                \
+        for (int q = 0; q <= P; ++q) CHANNELS                                       \
+            out[(long long)(chunk + current) * SIZE + (q * NF + k) * C + c0 + b] = sum[q][b]
     for (int n = begin; n < end; ++n) {
         const int e = by_knot[n];
         LOAD_FOUR(u, geometry + 4LL * e);
@@ -325,47 +326,60 @@ _TABLE = """
         (void)knots;
         if (knot != current) {
             if (current >= 0) { PUT_SUMS; }
-            for (int q = 0; q <= P; ++q) for (int k = 0; k < NF; ++k) CHANNELS
-                sum[q][k][b] = (real)0;
+            for (int q = 0; q <= P; ++q) CHANNELS sum[q][b] = (real)0;
             current = knot;
         }
-        LOAD(gs, g); LOAD(h0, g + C); LOAD(h1, g + 2 * C); LOAD(h2, g + 3 * C);
-        LOAD(x0, x); LOAD(x1, x + C);
-        #define ADD(k, value, slope) {                                              \\
-            const real v = (value), s = (slope);                                    \\
-            for (int q = 0; q <= P; ++q)                                            \\
-                sum[q][k][b] += w[q] * v + (TANGENT ? dw[q] * s : (real)0); }
 #if TANGENT
         const real* dx = d_features + (long long)senders[e] * (NX * C);
         LOAD_FOUR(du, d_geometry + 4LL * e);
         const real dt = du[3];
-        LOAD(d0, dx); LOAD(d1, dx + C);
 #endif
-        CHANNELS {
-            const real along = u[0] * h0[b] + u[1] * h1[b] + u[2] * h2[b];
+        if (k == 0) {
+            LOAD(gs, g); LOAD(x0, x);
 #if TANGENT
-            const real turn = du[0] * h0[b] + du[1] * h1[b] + du[2] * h2[b];
-            ADD(0, d0[b] * gs[b], dt * x0[b] * gs[b]);
-            ADD(1, d1[b] * along + x1[b] * turn, dt * x1[b] * along);
+            LOAD(d0, dx);
+            CHANNELS { value[b] = d0[b] * gs[b]; slope[b] = dt * x0[b] * gs[b]; }
 #else
-            ADD(0, x0[b] * gs[b], (real)0);
-            ADD(1, x1[b] * along, (real)0);
+            CHANNELS value[b] = x0[b] * gs[b];
 #endif
-        }
+        } else {
+            LOAD(h0, g + C); LOAD(h1, g + 2 * C); LOAD(h2, g + 3 * C);
+            if (k == 1) {
+                LOAD(x1, x + C);
+#if TANGENT
+                LOAD(d1, dx + C);
+#endif
+                CHANNELS {
+                    const real along = u[0] * h0[b] + u[1] * h1[b] + u[2] * h2[b];
+#if TANGENT
+                    const real turn = du[0] * h0[b] + du[1] * h1[b] + du[2] * h2[b];
+                    value[b] = d1[b] * along + x1[b] * turn;
+                    slope[b] = dt * x1[b] * along;
+#else
+                    value[b] = x1[b] * along;
+#endif
+                }
+            }
 #if !FIRST
-        LOAD(m0, x + 2 * C); LOAD(m1, x + 3 * C); LOAD(m2, x + 4 * C);
+            else {
+                LOAD(m0, x + 2 * C); LOAD(m1, x + 3 * C); LOAD(m2, x + 4 * C);
 #if TANGENT
-        LOAD(n0, dx + 2 * C); LOAD(n1, dx + 3 * C); LOAD(n2, dx + 4 * C);
+                LOAD(n0, dx + 2 * C); LOAD(n1, dx + 3 * C); LOAD(n2, dx + 4 * C);
 #endif
-        CHANNELS {
-            const real mh = m0[b] * h0[b] + m1[b] * h1[b] + m2[b] * h2[b];
+                CHANNELS {
+                    const real mh = m0[b] * h0[b] + m1[b] * h1[b] + m2[b] * h2[b];
 #if TANGENT
-            ADD(NF - 1, n0[b] * h0[b] + n1[b] * h1[b] + n2[b] * h2[b], dt * mh);
+                    value[b] = n0[b] * h0[b] + n1[b] * h1[b] + n2[b] * h2[b];
+                    slope[b] = dt * mh;
 #else
-            ADD(NF - 1, mh, (real)0);
+                    value[b] = mh;
+#endif
+                }
+            }
 #endif
         }
-#endif
+        for (int q = 0; q <= P; ++q) CHANNELS
+            sum[q][b] += w[q] * value[b] + (TANGENT ? dw[q] * slope[b] : (real)0);
     }
     if (current >= 0) { PUT_SUMS; }
 """

@@ -268,7 +268,7 @@ def _table(
     size = (degree + 1) * row
     parts = geometry.new_empty((n_chunks + n_intervals, size))
     by_table = geometry.new_empty((n_intervals + degree, call.n_filters, call.n_channels))
-    call.launch("table", n_chunks * call.lanes, parts, tangent=call.tangent)
+    call.launch("table", n_chunks * call.n_filters * call.lanes, parts, tangent=call.tangent)
     call.launch("collect", n_intervals * size, parts)
     call.launch("overlap", (n_intervals + degree) * row, parts, by_table)
     return by_table

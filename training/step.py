@@ -123,7 +123,8 @@ class LossGradient:
     def __init__(
         self, potential: Potential, config: TrainConfig, network: nn.Module | None = None
     ) -> None:
-        self._loss = _Loss(potential, config, potential.network if network is None else network)
+        self.is_fused = network is not None
+        self._loss = _Loss(potential, config, network or potential.network)
         self._names = [name for name, _ in self._loss.named_parameters()]
 
     def __call__(
