@@ -142,7 +142,10 @@ class ResidentStep:
         self._ready = True
         batch = self._structures.batch(self._index, self.capacity)
         self._step.fuse(batch, self._totals)
-        if self._wants_compile and not self._step.compile(batch, self._totals):
+        compiled = self._wants_compile and self._step.compile(batch, self._totals)
+        if not compiled:
+            self._step.write_out(batch, self._totals)
+        if self._wants_compile and not compiled:
             self.shortfall += "not compiled; "
         if self._wants_graph:
             try:

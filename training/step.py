@@ -348,6 +348,16 @@ class TrainingStep:
         self.loss_gradient = self._gradient = fused
         log.info("messages are fused; the gradient differs by %.1e", deviation)
 
+    def write_out(self, batch: TrainingBatch, totals: Tensor) -> None:
+        """For batches of these shapes, of fused messages' derivatives compute only what is needed.
+
+        Autograd cannot know that nobody will read some of them; a list of operations shows it.
+        """
+        if self.loss_gradient.is_fused:
+            factors = self._controls[4:].to(batch.energy.dtype)
+            traced = self.loss_gradient.traced(self._flat.parameters, batch, totals, factors)
+            self._gradient = _of_values(traced)
+
     def compile(self, batch: TrainingBatch, totals: Tensor) -> bool:
         """Fuse the operations of the gradient for batches of these shapes; whether it worked.
 
@@ -359,12 +369,7 @@ class TrainingStep:
         started = time.monotonic()
         try:
             traced = self.loss_gradient.traced(weights, batch, totals, factors)
-            compiled = torch.compile(traced, dynamic=False)
-
-            @torch.no_grad()
-            def gradient(weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
-                return compiled([w.detach() for w in weights], *rest)
-
+            gradient = _of_values(torch.compile(traced, dynamic=False))
             found = gradient(weights, list(batch), totals, factors)
             deviation = _deviation(found, self._plain(weights, list(batch), totals, factors))
             if not deviation < _COMPILED:
@@ -377,6 +382,17 @@ class TrainingStep:
         seconds = time.monotonic() - started
         log.info("compiled the step in %.0f s; the gradient differs by %.1e", seconds, deviation)
         return True
+
+
+def _of_values(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """A gradient that is written out, as a function of weights that are parameters."""
+
+    @torch.no_grad()
+    def gradient(weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+        found: tuple[Tensor, list[Tensor]] = function([w.detach() for w in weights], *rest)
+        return found
+
+    return gradient
 
 
 def wants_fused(config: TrainConfig, device: torch.device) -> bool:

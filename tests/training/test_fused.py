@@ -113,6 +113,17 @@ def test_fused_gradient_written_out_has_no_tensors_of_edges_times_channels(make_
     assert len(without) == 8
 
 
+def test_written_out_step_is_the_step_for_any_batch_of_its_shape(make_case):
+    student, batch, config = make_case()
+    step = TrainingStep(student, copy.deepcopy(student), config)
+    other = batch._replace(vectors=1.02 * batch.vectors, energy=batch.energy + 0.3)
+    expected = gradient_of(step, other)
+    step.write_out(batch, count_totals(batch, 0.3))
+    found = gradient_of(step, other)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-12 * b.norm())
+
+
 def test_padding_changes_nothing(make_case):
     student, batch, config = make_case("charges and tail")
     atom, structure, n = len(batch.species), len(batch.energy), 300
