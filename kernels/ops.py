@@ -6,6 +6,7 @@ from openmm_mlffd.kernels import (  # noqa: F401
     message_ops,
     neighbor_ops,
     node_ops,
+    training_ops,
 )
 from openmm_mlffd.kernels.library import LIBRARY
 

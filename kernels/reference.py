@@ -327,6 +327,74 @@ def message_table_gradient(
     return by_table.to(table.dtype)
 
 
+def edge_message(
+    features: Tensor, table: Tensor, geometry: Tensor, edge_index: Tensor, degree: int
+) -> Tensor:
+    """`message` on a list of edges, each atom with features of its own.
+
+    Parameters
+    ----------
+    features
+        Of each atom (x, y, m), shape ``(n_atoms, 5, n_channels)``; (x, y), shape
+        ``(n_atoms, 2, n_channels)``, for the first block.
+    table
+        Coefficients of the filters' spline, shape ``(n_intervals + degree, 2 or 3, n_channels)``.
+    geometry
+        Unit vector from receiver to sender and distance in intervals of the table, shape
+        ``(n_edges, 4)``; beyond the table's ends there is no message.
+    edge_index
+        Receiver and sender of each edge, shape ``(2, n_edges)``, int64.
+    degree
+        Of the spline, odd.
+
+    Returns
+    -------
+    Tensor
+        Sums of scalars and vectors, shape ``(n_atoms, 4, n_channels)``.
+    """
+    first = features.shape[1] == 2
+    place, n_intervals = geometry[:, 3], table.shape[0] - degree
+    present = (place >= 0) & (place < n_intervals)
+    filters = splines.evaluate(table.flatten(1), torch.where(present, place, 0.0), degree)
+    scalars, vectors = message_sum(
+        features[:, :2].flatten(1),
+        None if first else features[:, 2:],
+        filters * present.unsqueeze(1),
+        geometry[:, :3],
+        edge_index,
+    )
+    return torch.cat([scalars.unsqueeze(1), vectors], dim=1)
+
+
+def edge_message_second(
+    gradient: Tensor,
+    features: Tensor,
+    d_features: Tensor,
+    table: Tensor,
+    geometry: Tensor,
+    d_geometry: Tensor,
+    edge_index: Tensor,
+    degree: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Derivatives of the change of Σ gradient · `edge_message` along features and geometry.
+
+    Returns
+    -------
+    tuple of Tensor
+        By gradient, features, table and geometry.
+    """
+    with torch.enable_grad():
+        leaves = [
+            t if t.requires_grad else t.detach().requires_grad_()
+            for t in (gradient, features, table, geometry)
+        ]
+        sums = edge_message(leaves[1], leaves[2], leaves[3], edge_index, degree)
+        by = torch.autograd.grad((leaves[0] * sums).sum(), leaves[1::2], create_graph=True)
+        change = (d_features * by[0]).sum() + (d_geometry * by[1]).sum()
+        found = torch.autograd.grad(change, leaves, create_graph=True, materialize_grads=True)
+    return found[0], found[1], found[2], found[3]
+
+
 def _used_slots(
     geometry: Tensor, neighbors: Tensor, counts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -44,6 +44,10 @@ def train(
     profile_json: Annotated[
         Path | None, typer.Option(help="With --profile: also write the numbers.")
     ] = None,
+    profile_way: Annotated[
+        list[str] | None,
+        typer.Option(help="With --profile: one of the ways, e.g. fused+compiled+graphed; repeat."),
+    ] = None,
 ) -> None:
     """Train a student; goes on from the checkpoint if there is one.
 
@@ -54,9 +58,12 @@ def train(
 
     settings = load_config(config, overrides or [])
     if profile or profile_json is not None:
-        from openmm_mlffd.training.profile import profile_training
+        from openmm_mlffd.training.profile import WAYS, profile_training
 
-        profile_training(settings, output=profile_json, echo=typer.echo)
+        ways = tuple(profile_way or WAYS)
+        for way in set(ways) - set(WAYS):
+            raise typer.BadParameter(f"{way} is not one of {', '.join(WAYS)}")
+        profile_training(settings, ways=ways, output=profile_json, echo=typer.echo)
         return
     trainer = Trainer(settings)
     try:

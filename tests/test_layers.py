@@ -21,8 +21,8 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "process": ("memory storage", "", ""),
     "kernels": ("kernels kernels.*", "kernels", "torch warp triton"),
     "physics": (
-        "blocks crowding fast filters graph neighbors painn pairs potential radial repulsion rows "
-        "tail variants",
+        "blocks crowding fast filters fused graph neighbors painn pairs potential radial repulsion "
+        "rows tail variants",
         "facts kernels physics",
         "torch numpy",
     ),

@@ -207,6 +207,10 @@ class TrainConfig:
     compile: str = "auto"
     """"on", "off", or "auto": fuse the step's operations, on CUDA devices where a compiler is."""
 
+    fused: str = "off"
+    """"on", "off", or "auto": messages and their derivatives by Warp kernels, on CUDA devices where
+    Warp is."""
+
     cuda_graph: bool = True
     """Replay the step as a CUDA graph, on CUDA devices with resident data."""
 
@@ -238,7 +242,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         # in YAML, on and off without quotation marks are true and false
         words = {"True": "on", "False": "off"}
-        object.__setattr__(self, "compile", words.get(self.compile, self.compile))
+        for name in ("compile", "fused"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, words.get(value, value))
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -15,8 +15,17 @@ from torch.profiler import ProfilerActivity, profile
 from openmm_mlffd.training.config import TrainConfig
 from openmm_mlffd.training.train import Trainer
 
-WAYS = ("plain", "cached", "graphed", "compiled", "compiled+graphed")
-"""Batches made on the host; edges held on the device; steps replayed; operations fused; both."""
+WAYS = (
+    "plain",
+    "cached",
+    "graphed",
+    "compiled",
+    "compiled+graphed",
+    "fused+graphed",
+    "fused+compiled+graphed",
+)
+"""Batches made on the host; edges held on the device; steps replayed; operations compiled; both;
+the same with messages by fused kernels."""
 
 _TOP = 12
 
@@ -69,6 +78,7 @@ def variants(
                 data=replace(config.data, resident_gb=0.0 if way == "plain" else resident),
                 compile="on" if "compiled" in way else "off",
                 cuda_graph="graphed" in way,
+                fused="on" if "fused" in way else "off",
             ),
         )
 
@@ -173,7 +183,7 @@ def profile_training(
     """Measure all ways to train, print a table, and write it as JSON if asked to."""
     found: list[Timing] = []
     echo(
-        f"{'way':18s} {'atoms/s':>9s} {'ms/step':>8s} {'busy':>5s} {'kernels':>8s} {'padding':>7s} "
+        f"{'way':22s} {'atoms/s':>9s} {'ms/step':>8s} {'busy':>5s} {'kernels':>8s} {'padding':>7s} "
         f"{'GB':>5s} {'ready after':>11s}"
     )
     for way, variant in variants(config, ways):
@@ -182,7 +192,7 @@ def profile_training(
         busy = "-" if t.busy is None else f"{100 * t.busy:.0f}%"
         memory = "-" if t.memory_gb is None else f"{t.memory_gb:.1f}"
         echo(
-            f"{t.way:18s} {t.atoms_per_second:9.0f} {t.step_ms:8.2f} {busy:>5s} {t.launches:8.0f} "
+            f"{t.way:22s} {t.atoms_per_second:9.0f} {t.step_ms:8.2f} {busy:>5s} {t.launches:8.0f} "
             f"{100 * t.waste:6.1f}% {memory:>5s} {t.preparation_s:9.1f} s"
             + (f"  {t.note}" if t.note else "")
         )

@@ -141,10 +141,13 @@ class ResidentStep:
 
     def _prepare(self) -> None:
         self._ready = True
-        if self._wants_compile:
-            batch = self._structures.batch(self._index, self.capacity)
-            if not self._step.compile(batch, self._totals):
-                self.shortfall += "not compiled; "
+        batch = self._structures.batch(self._index, self.capacity)
+        self._step.fuse(batch, self._totals)
+        compiled = self._wants_compile and self._step.compile(batch, self._totals)
+        if not compiled:
+            self._step.write_out(batch, self._totals)
+        if self._wants_compile and not compiled:
+            self.shortfall += "not compiled; "
         if self._wants_graph:
             try:
                 graph = record(self._recorded, self._step)

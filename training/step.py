@@ -1,5 +1,6 @@
 """One training step: batch → loss and gradient → clipped AdamW → average, plain or compiled."""
 
+import importlib.util
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -77,9 +78,9 @@ def _derivative(value: Tensor, vectors: Tensor) -> Tensor:
 class _Loss(nn.Module):
     """The terms of the loss, as a module, so that its weights can be arguments of a function."""
 
-    def __init__(self, potential: Potential, config: TrainConfig) -> None:
+    def __init__(self, potential: Potential, config: TrainConfig, network: nn.Module) -> None:
         super().__init__()
-        self.network = potential.network
+        self.network = network
         self._scale = potential.energy_scale
         self._config = config
         self._clashes = make_clashes(potential) if config.loss.clash else None
@@ -115,10 +116,15 @@ class LossGradient:
         The student.
     config
         Terms of the loss, mixed precision.
+    network
+        Another way to evaluate the student's network, with its weights; None for the network.
     """
 
-    def __init__(self, potential: Potential, config: TrainConfig) -> None:
-        self._loss = _Loss(potential, config)
+    def __init__(
+        self, potential: Potential, config: TrainConfig, network: nn.Module | None = None
+    ) -> None:
+        self.is_fused = network is not None
+        self._loss = _Loss(potential, config, network or potential.network)
         self._names = [name for name, _ in self._loss.named_parameters()]
 
     def __call__(
@@ -149,7 +155,23 @@ class LossGradient:
 
         # what else a network holds, as the tail's radii, becomes a constant of the graph
         trace = make_fx(gradient, tracing_mode="fake", _allow_non_fake_inputs=True)
-        return trace(leaves, list(batch), totals, factors)
+        return _without_unused(trace(leaves, list(batch), totals, factors))
+
+
+_BY_GEOMETRY = {"mlffd::edge_message_backward": 6, "mlffd::edge_message_second": 8}
+"""Operators and the number of their argument whether to differentiate by the geometry, too."""
+
+
+def _without_unused(traced: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Leave out what nobody reads: of fused messages, derivatives by the geometry for weights."""
+    traced.graph.eliminate_dead_code()
+    for node in traced.graph.nodes:
+        name = node.target.name() if isinstance(node.target, torch._ops.OpOverload) else ""
+        number = _BY_GEOMETRY.get(name.split(".")[0])
+        if number is not None and all(user.args[1] != 1 for user in node.users):
+            node.args = (*node.args[:number], False)
+    traced.recompile()
+    return traced
 
 
 class _SkippingAdamW(torch.optim.AdamW):
@@ -186,7 +208,11 @@ class TrainingStep:
         self._flat = FlatWeights(potential.network, extra=len(TERMS))
         self._average = FlatWeights(average.network)
         self.loss_gradient = LossGradient(potential, config)
+        self._plain = self.loss_gradient
         self._gradient: Callable[..., tuple[Tensor, list[Tensor]]] = self.loss_gradient
+        self._potential = potential
+        self._unfused = wants_fused(config, self._flat.weights.device)
+        self.shortfall = ""
         device = self._flat.weights.device
         on_gpu = device.type == "cuda"
         rate = config.optimizer.learning_rate
@@ -246,6 +272,7 @@ class TrainingStep:
 
     def differentiate(self, batch: TrainingBatch, totals: Tensor) -> None:
         """Loss and gradient of a batch."""
+        self.fuse(batch, totals)
         terms, gradients = self._gradient(
             self._flat.parameters, list(batch), totals, self._controls[4:].to(batch.energy.dtype)
         )
@@ -298,6 +325,39 @@ class TrainingStep:
             *(of_optimizer[k] for k in sorted(of_optimizer)),
         ]
 
+    def fuse(self, batch: TrainingBatch, totals: Tensor) -> None:
+        """Messages by fused kernels from now on, if the run wants them: done at the first batch.
+
+        What hinders it is logged and in `shortfall`, and the step goes on without.
+        """
+        if not self._unfused:
+            return
+        self._unfused = False
+        factors = self._controls[4:].to(batch.energy.dtype)
+        arguments = (self._flat.parameters, list(batch), totals, factors)
+        try:
+            fused = fused_gradient(self._potential, self._config)
+            deviation = _deviation(fused(*arguments), self._plain(*arguments))
+            if not deviation < _COMPILED:
+                raise RuntimeError(f"the fused gradient differs by a part of {deviation:.1e}")
+        except Exception as error:  # Warp's compiler fails in many ways, too
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            log.warning("messages are not fused (%s)", reason)
+            self.shortfall += "not fused; "
+            return
+        self.loss_gradient = self._gradient = fused
+        log.info("messages are fused; the gradient differs by %.1e", deviation)
+
+    def write_out(self, batch: TrainingBatch, totals: Tensor) -> None:
+        """For batches of these shapes, of fused messages' derivatives compute only what is needed.
+
+        Autograd cannot know that nobody will read some of them; a list of operations shows it.
+        """
+        if self.loss_gradient.is_fused:
+            factors = self._controls[4:].to(batch.energy.dtype)
+            traced = self.loss_gradient.traced(self._flat.parameters, batch, totals, factors)
+            self._gradient = _of_values(traced)
+
     def compile(self, batch: TrainingBatch, totals: Tensor) -> bool:
         """Fuse the operations of the gradient for batches of these shapes; whether it worked.
 
@@ -305,17 +365,13 @@ class TrainingStep:
         """
         factors = self._controls[4:].to(batch.energy.dtype)
         weights = self._flat.parameters
+        self.fuse(batch, totals)
         started = time.monotonic()
         try:
             traced = self.loss_gradient.traced(weights, batch, totals, factors)
-            compiled = torch.compile(traced, dynamic=False)
-
-            @torch.no_grad()
-            def gradient(weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
-                return compiled([w.detach() for w in weights], *rest)
-
+            gradient = _of_values(torch.compile(traced, dynamic=False))
             found = gradient(weights, list(batch), totals, factors)
-            deviation = _deviation(found, self.loss_gradient(weights, list(batch), totals, factors))
+            deviation = _deviation(found, self._plain(weights, list(batch), totals, factors))
             if not deviation < _COMPILED:
                 raise RuntimeError(f"the compiled gradient differs by a part of {deviation:.1e}")
         except Exception as error:  # compilers fail in many ways, none of which matters here
@@ -326,6 +382,41 @@ class TrainingStep:
         seconds = time.monotonic() - started
         log.info("compiled the step in %.0f s; the gradient differs by %.1e", seconds, deviation)
         return True
+
+
+def _of_values(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    """A gradient that is written out, as a function of weights that are parameters."""
+
+    @torch.no_grad()
+    def gradient(weights: Sequence[Tensor], *rest: Any) -> tuple[Tensor, list[Tensor]]:
+        found: tuple[Tensor, list[Tensor]] = function([w.detach() for w in weights], *rest)
+        return found
+
+    return gradient
+
+
+def wants_fused(config: TrainConfig, device: torch.device) -> bool:
+    """Whether to fuse messages: as set, or, for "auto", on a GPU if Warp is there."""
+    if config.fused == "auto":
+        return device.type == "cuda" and importlib.util.find_spec("warp") is not None
+    return config.fused == "on"
+
+
+def fused_gradient(potential: Potential, config: TrainConfig) -> LossGradient:
+    """Terms and gradient of the loss with fused messages.
+
+    Raises
+    ------
+    ImportError
+        If Warp is not installed.
+    ValueError
+        If the student's messages cannot be fused, or the loss needs third derivatives of them.
+    """
+    from openmm_mlffd.fused import FusedNetwork
+
+    if config.loss.hessian > 0:
+        raise ValueError("rows of the Hessian need third derivatives, which have no kernels")
+    return LossGradient(potential, config, FusedNetwork(potential))
 
 
 def _deviation(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> float:

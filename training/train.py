@@ -239,7 +239,8 @@ class Trainer:
     @property
     def shortfall(self) -> str:
         """What was asked for and could not be had; empty if nothing."""
-        return "" if self._resident is None else self._resident.step.shortfall
+        resident = "" if self._resident is None else self._resident.step.shortfall
+        return self.training_step.shortfall + resident
 
     def _work(self) -> Iterator[int | TrainingBatch]:
         """Batches of the rest of this epoch: their numbers where the data are on the device."""

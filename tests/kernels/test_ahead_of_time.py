@@ -13,6 +13,7 @@ from openmm_mlffd.kernels import (
     message_kernels,
     neighbor_kernels,
     node_kernels,
+    training_kernels,
 )
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
@@ -23,6 +24,20 @@ def message_variants(first):
         message_kernels.Variant(128, first, *rest)
         for rest in [(5, SINGLE, SINGLE), (3, SINGLE, HALF), (7, DOUBLE, DOUBLE)]
     ]
+
+
+def kernels_for_training():
+    """With and without tangents, and derivatives by the geometry."""
+    for first, degree, real in [(False, 5, SINGLE), (True, 5, SINGLE), (False, 3, DOUBLE)]:
+        variant = training_kernels.Variant(128, first, degree, real)
+        for tangent in (False, True):
+            for what in ("forward", "backward", "table"):
+                yield training_kernels.training_kernel(what, variant, tangent=tangent)
+            yield training_kernels.training_kernel(
+                "backward", variant, tangent=tangent, geometry=True
+            )
+        for what in ("collect", "overlap"):
+            yield training_kernels.training_kernel(what, variant)
 
 
 def every_kernel():
@@ -49,6 +64,11 @@ def every_kernel():
                 if not first:
                     found.append(message_kernels.backward_kernel(variant, True, split))
     found += [message_kernels.backward_kernel(v, False, 0) for v in message_variants(True)]
+    found += kernels_for_training()
+    # three channels of a lane: as much as 4 bytes are aligned
+    found.append(
+        training_kernels.training_kernel("forward", training_kernels.Variant(96, False, 5, SINGLE))
+    )
     return {kernel.module.name: kernel for kernel in found}
 
 
@@ -58,6 +78,8 @@ QUICK = {
     "mlffd_neighbors",
     "mlffd_largest_move",
     "mlffd_node_c128_f32_reduced",
+    "mlffd_training_backward_later_c128_p5_f32_tangent_geometry",
+    "mlffd_training_table_later_c128_p5_f32_tangent",
 }
 
 

@@ -13,8 +13,18 @@ def test_each_way_to_train_is_one_configuration(morse_config):
     assert tuple(found) == WAYS
     assert found["plain"].data.resident_gb == 0
     assert found["cached"].data.resident_gb > 0
-    assert [w for w in WAYS if found[w].compile == "on"] == ["compiled", "compiled+graphed"]
-    assert [w for w in WAYS if found[w].cuda_graph] == ["graphed", "compiled+graphed"]
+    for setting, word in [("compile", "compiled"), ("fused", "fused")]:
+        assert all((getattr(found[w], setting) == "on") == (word in w) for w in WAYS)
+    assert all(found[w].cuda_graph == ("graphed" in w) for w in WAYS)
+
+
+def test_fused_way_is_measured_with_fused_messages(morse_config):
+    pytest.importorskip("warp")
+    (timing,) = profile_training(
+        morse_config(), ways=("fused+graphed",), n_steps=2, echo=lambda _: None
+    )
+    assert timing.note == ""
+    assert any("mlffd::edge_message" in name for name, _ in timing.top)
 
 
 def test_profile_prints_speeds_and_where_the_time_goes(morse_config, tmp_path):
