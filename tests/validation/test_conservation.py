@@ -32,6 +32,21 @@ def test_a_planted_slope_is_found_with_an_error_that_covers_it():
     assert np.mean(abs(slopes - 0.3) < 3 * errors) > 0.95
 
 
+@pytest.mark.parametrize("noise", [0.0, 20.0])
+def test_the_error_of_a_slope_covers_energies_that_wander(noise):
+    rng = np.random.default_rng(1)
+    x = np.linspace(0, 10, 2000)
+    slopes, errors = np.array(
+        [
+            slope_with_error(x, rng.normal(size=len(x)).cumsum() + noise * rng.normal(size=len(x)))
+            for _ in range(80)
+        ]
+    ).T
+    # scatter about the line gives a third of it
+    assert 0.8 * slopes.std() < np.sqrt(np.mean(errors**2)) < 1.3 * slopes.std()
+    assert np.mean(abs(slopes) < 2 * errors) > 0.8
+
+
 def test_a_line_has_its_slope_and_no_error():
     x = np.linspace(0, 1, 100)
     slope, error = slope_with_error(x, 2 - 3 * x)
