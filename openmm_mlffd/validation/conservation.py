@@ -15,7 +15,10 @@ DRIFT_OVER_KINETIC_STD = 0.01
 """The drift over a run must be below this fraction of the spread of the kinetic energy."""
 
 SLOPE_KT = 0.01
-"""The drift of a long run must be below this [kT/ns per degree of freedom]."""
+"""The drift of a long run must be below this [kT/ns per degree of freedom] …"""
+
+SLOPE_ERRORS = 2.0
+"""… or above it by no more than so many of its standard errors."""
 
 SLOPE_KT_DURATION = 50.0
 """Shorter runs [ps] do not resolve a slope of `SLOPE_KT`."""
