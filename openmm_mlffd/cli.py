@@ -347,6 +347,12 @@ def validate(
     teacher_option: Annotated[
         list[str] | None, typer.Option(help="Setting of the teacher as key=value, repeatable.")
     ] = None,
+    teacher_from_pieces: Annotated[
+        bool,
+        typer.Option(
+            "--teacher-from-pieces", help="The teacher is not started: only what is measured."
+        ),
+    ] = False,
     sections: Annotated[
         str | None,
         typer.Option(help="Only these, by commas: forces,nve,ensembles,stability,teacher …"),
@@ -385,6 +391,7 @@ def validate(
         teacher=teacher,
         teacher_python=teacher_python,
         teacher_options=teacher_option or [],
+        teacher_from_pieces=teacher_from_pieces,
         sections=None if sections is None else [s.strip() for s in sections.split(",")],
         pieces=pieces,
         speed=speed,

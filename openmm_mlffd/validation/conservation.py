@@ -1,7 +1,6 @@
 """What the energies along a constant-energy run say. Arithmetic only: no engine."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,13 +15,16 @@ DRIFT_OVER_KINETIC_STD = 0.01
 """The drift over a run must be below this fraction of the spread of the kinetic energy."""
 
 SLOPE_KT = 0.01
-"""The drift of a long run must be below this [kT/ns per degree of freedom]."""
+"""The drift of a long run must be below this [kT/ns per degree of freedom] …"""
+
+SLOPE_ERRORS = 2.0
+"""… or above it by no more than so many of its standard errors."""
 
 SLOPE_KT_DURATION = 50.0
 """Shorter runs [ps] do not resolve a slope of `SLOPE_KT`."""
 
-BLOCK_COUNTS = (5, 10, 20)
-"""The error of a slope is the largest that these numbers of blocks give."""
+BLOCKS = 20
+"""The error of a slope is that of the means of so many blocks."""
 
 WINDOW = 0.2
 """Time steps are compared over this time [ps] from the start, while their trajectories agree."""
@@ -152,19 +154,16 @@ def temperature(kinetic: NDArray[np.float64], n_dof: int) -> NDArray[np.float64]
 
 
 def slope_with_error(
-    x: NDArray[np.float64],
-    y: NDArray[np.float64],
-    block_counts: Sequence[int] = BLOCK_COUNTS,
+    x: NDArray[np.float64], y: NDArray[np.float64], n_blocks: int = BLOCKS
 ) -> tuple[float, float]:
-    """Slope of a series by linear regression, and its standard error from blocks.
+    """Slope of a series by linear regression, and its standard error.
 
     Parameters
     ----------
     x, y
-        The series, shape ``(n,)``, in the order of ``x``.
-    block_counts
-        Numbers of blocks that the series is cut into. Each gives the error of a line through
-        the means of its blocks; the largest counts.
+        The series, shape ``(n,)``, in the order of ``x``, which is evenly spaced.
+    n_blocks
+        Number of blocks whose means the error is taken from.
 
     Raises
     ------
@@ -173,25 +172,43 @@ def slope_with_error(
 
     Notes
     -----
-    Blocks must be longer than the memory of the fluctuations. Modes of a small molecule exchange
-    energy over many picoseconds, and with it the error of the integrator changes: there the
-    slopes of short runs scatter two to three times as much as this error says.
+    What is left of block means without the line is taken for the sum of a random walk and of noise
+    without memory, their shares by restricted maximum likelihood. Scatter about the line alone
+    makes the error of the slope of a random walk, as which energies wander, two to three times
+    too small: a line follows a walk.
     """
-    if len(x) < 2 * max(block_counts):
-        raise ValueError(
-            f"at least {2 * max(block_counts)} samples are needed for a slope, got {len(x)}"
-        )
+    if len(x) < 2 * n_blocks:
+        raise ValueError(f"at least {2 * n_blocks} samples are needed for a slope, got {len(x)}")
     slope = float(np.polynomial.Polynomial.fit(x, y, 1).convert().coef[1])
-    return slope, max(_block_error(x, y, n) for n in block_counts)
+    x_means, y_means = (
+        np.array([part.mean() for part in np.array_split(values, n_blocks)]) for values in (x, y)
+    )
+    return slope, _slope_error(x_means - x_means.mean(), y_means - y_means.mean())
 
 
-def _block_error(x: NDArray[np.float64], y: NDArray[np.float64], n_blocks: int) -> float:
-    x_means = np.array([part.mean() for part in np.array_split(x, n_blocks)])
-    y_means = np.array([part.mean() for part in np.array_split(y, n_blocks)])
-    centered = x_means - x_means.mean()
-    spread = float(centered @ centered)
-    residuals = y_means - y_means.mean() - centered @ y_means / spread * centered
-    return math.sqrt(residuals @ residuals / (n_blocks - 2) / spread)
+def _slope_error(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """Of block means, in which a random walk and white noise are mixed; x has the mean 0."""
+    n = len(x)
+    weights = x / (x @ x)
+    design = np.column_stack([np.ones(n), x])
+    if np.ptp(y - weights @ y * x) <= 1e-12 * np.ptp(y):
+        return 0.0
+    index = np.arange(n)
+    walk = np.minimum.outer(index, index) + 0.5  # covariance of the means of blocks of a walk
+    walk[index, index] = index + 1 / 3
+    best, variance = -math.inf, math.nan
+    for share in (0.0, *np.geomspace(1e-4, 1.0, 25)):
+        covariance = (1 - share) * np.eye(n) + share * walk
+        root = np.linalg.cholesky(covariance)
+        q, r = np.linalg.qr(np.linalg.solve(root, design))
+        white = np.linalg.solve(root, y)
+        rest = white - q @ (q.T @ white)
+        scale = float(rest @ rest) / (n - 2)
+        determinants = np.log(np.diag(root)).sum() + np.log(np.abs(np.diag(r))).sum()
+        likelihood = -0.5 * (n - 2) * math.log(scale) - float(determinants)
+        if likelihood > best:
+            best, variance = likelihood, scale * float(weights @ covariance @ weights)
+    return math.sqrt(variance)
 
 
 def conservation(trace: EnergyTrace, temperature: float = 300.0) -> Conservation:

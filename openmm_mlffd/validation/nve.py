@@ -16,6 +16,7 @@ from openmm_mlffd.units import KJ_PER_MOL_PER_EV
 from openmm_mlffd.validation.conservation import (
     DRIFT_OVER_KINETIC_STD,
     HALVING_RATIO,
+    SLOPE_ERRORS,
     SLOPE_KT,
     SLOPE_KT_DURATION,
     Check,
@@ -68,7 +69,7 @@ class NVEResult:
                     name=f"size of the slope {where}",
                     value=abs(finest.slope_kt),
                     unit="kT/ns/dof",
-                    high=SLOPE_KT,
+                    high=SLOPE_KT + SLOPE_ERRORS * finest.slope_kt_error,
                 )
             )
         return checks

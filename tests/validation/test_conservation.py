@@ -8,6 +8,7 @@ from openmm_mlffd.validation.conservation import (
     halving_ratio,
     slope_with_error,
 )
+from openmm_mlffd.validation.nve import NVEResult
 
 
 def correlated_noise(rng, n, memory):
@@ -32,6 +33,21 @@ def test_a_planted_slope_is_found_with_an_error_that_covers_it():
     assert np.mean(abs(slopes - 0.3) < 3 * errors) > 0.95
 
 
+@pytest.mark.parametrize("noise", [0.0, 20.0])
+def test_the_error_of_a_slope_covers_energies_that_wander(noise):
+    rng = np.random.default_rng(1)
+    x = np.linspace(0, 10, 2000)
+    slopes, errors = np.array(
+        [
+            slope_with_error(x, rng.normal(size=len(x)).cumsum() + noise * rng.normal(size=len(x)))
+            for _ in range(80)
+        ]
+    ).T
+    # scatter about the line gives a third of it
+    assert 0.8 * slopes.std() < np.sqrt(np.mean(errors**2)) < 1.3 * slopes.std()
+    assert np.mean(abs(slopes) < 2 * errors) > 0.8
+
+
 def test_a_line_has_its_slope_and_no_error():
     x = np.linspace(0, 1, 100)
     slope, error = slope_with_error(x, 2 - 3 * x)
@@ -53,6 +69,24 @@ def test_units_of_the_slope(make_trace):
     assert result.duration == pytest.approx(2)
     assert result.drift_over_kinetic_std == pytest.approx(0.02, rel=0.01)
     assert result.rms == pytest.approx(2 / np.sqrt(12), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("picoseconds", "slope_kt", "wander", "passed"),
+    [(60, 0.05, 0.0, False), (60, 0.005, 0.0, True), (60, 0.05, 0.1, True), (40, 0.05, 0.0, True)],
+)
+def test_a_slope_is_judged_by_its_size_and_its_error_in_long_runs(
+    make_trace, picoseconds, slope_kt, wander, passed
+):
+    rng = np.random.default_rng(0)
+    time = np.linspace(0, picoseconds, 2001)
+    kt_per_ps = 30 * BOLTZMANN * 300 * 1e-3  # of 1 kT/ns/dof, 30 degrees of freedom [eV/ps]
+    walk = wander * rng.normal(scale=1e-3, size=len(time)).cumsum()
+    trace = make_trace(time, slope_kt * kt_per_ps * time + walk)
+    result = NVEResult(traces=[trace], runs=[conservation(trace)], halving_ratios=[])
+    judged = [check for check in result.checks if "slope" in check.name]
+    assert len(judged) == (picoseconds >= 50)
+    assert all(check.passed for check in judged) == passed
 
 
 def test_drift_is_that_of_the_shadow_energy_where_it_is_known(make_trace):

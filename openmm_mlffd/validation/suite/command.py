@@ -11,13 +11,14 @@ from openmm_mlffd.training.teachers import parse_options
 from openmm_mlffd.validation.report import number
 from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.measure import run_measurements
-from openmm_mlffd.validation.suite.models import StudentModel, TeacherModel
+from openmm_mlffd.validation.suite.models import Model, StudentModel, TeacherModel
 from openmm_mlffd.validation.suite.plan import StabilityPlan, make_plan
 from openmm_mlffd.validation.suite.speed import hardware
 from openmm_mlffd.validation.suite.stability import measure_stability
 from openmm_mlffd.validation.suite.stability_section import result as stability_result
 from openmm_mlffd.validation.suite.stability_section import stability_checks
 from openmm_mlffd.validation.suite.store import Clock, OutOfTime, Store, write_json
+from openmm_mlffd.validation.suite.stored_model import StoredModel
 from openmm_mlffd.validation.suite.systems import load_system
 
 
@@ -32,6 +33,7 @@ def run_validate_command(
     teacher: str | None,
     teacher_python: str | None,
     teacher_options: Sequence[str],
+    teacher_from_pieces: bool,
     sections: Sequence[str] | None,
     pieces: Path | None,
     speed: Path | None,
@@ -53,12 +55,14 @@ def run_validate_command(
     Raises
     ------
     ValueError
-        If tasks were chosen for a report, which always has all of them.
+        If tasks were chosen for a report, which always has all of them, or the pieces hold
+        nothing of the teacher.
     """
     if only and not measure_only:
         raise ValueError("--only needs --measure-only: a report has all tasks of its sections")
     output.mkdir(parents=True, exist_ok=True)
-    with _teacher(teacher, teacher_options, teacher_python) as reference:
+    stored = (pieces or output / "pieces") if teacher_from_pieces else None
+    with _teacher(teacher, teacher_options, teacher_python, stored) as reference:
         job = Job(
             model=StudentModel(model, device),
             plan=make_plan(level),
@@ -187,11 +191,14 @@ def _report(
 
 @contextmanager
 def _teacher(
-    name: str | None, options: Sequence[str], python: str | None
-) -> Iterator[TeacherModel | None]:
-    """The teacher, if there is one, in a process that ends with the block."""
+    name: str | None, options: Sequence[str], python: str | None, stored: Path | None = None
+) -> Iterator[Model | None]:
+    """The teacher, if there is one, in a process that ends with the block, or from pieces."""
     if name is None:
         yield None
+        return
+    if stored is not None:
+        yield StoredModel.of_pieces(stored, name)
         return
     teacher = TeacherModel.start(name, parse_options(list(options)), python=python)
     try:

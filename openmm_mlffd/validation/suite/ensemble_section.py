@@ -56,6 +56,15 @@ def _section(
         ["width of the kinetic energy / expected", _pm(found, "kinetic_width")],
         ["longest bond / its length at the start", _value(found, "longest_bond")],
     ]
+    shape = found.get("shape", {})
+    for key, what in (
+        ("largest_rmsd", "RMSD of the solute's heavy atoms from the start, largest [Å]"),
+        ("last_rmsd", "the same, at the end [Å]"),
+        ("largest_omega", "amides turned from where they were, at most [degrees]"),
+        ("inverted_centers", "centers of four neighbors turned inside out"),
+    ):
+        if key in shape:
+            rows.append([what, number(shape[key])])
     pv = found["physical_validation"]
     if pv is not None:
         deviations = " and ".join(

@@ -14,6 +14,7 @@ from openmm_mlffd.validation import analysis
 from openmm_mlffd.validation.conservation import Check, temperature
 from openmm_mlffd.validation.suite.dynamics import Trajectory
 from openmm_mlffd.validation.suite.plan import EnsembleRun
+from openmm_mlffd.validation.suite.shape import shape_numbers
 from openmm_mlffd.validation.suite.statistics import block_error
 from openmm_mlffd.validation.suite.systems import System
 
@@ -78,6 +79,8 @@ def ensemble_numbers(run: EnsembleRun, system: System, trajectory: Trajectory) -
     }
     if system.cell is not None and len(kinetic):
         numbers |= box_numbers(run, system, trajectory)
+    if len(trajectory.time):
+        numbers["shape"] = shape_numbers(system, trajectory.positions, trajectory.cell)
     return numbers
 
 
@@ -188,6 +191,10 @@ def ensemble_checks(run: EnsembleRun, numbers: Mapping[str, Any]) -> list[Check]
         Check(name="longest bond / its length at the start", value=value("longest_bond"), unit="",
               high=LONGEST_BOND),
     ]  # fmt: skip
+    inverted = numbers.get("shape", {}).get("inverted_centers")
+    if inverted is not None:
+        name = "centers of four neighbors that were turned inside out"
+        checks.append(Check(name=name, value=float(inverted), unit="", high=0.0))
     long = numbers["picoseconds"] > 0.999 * JUDGED_PICOSECONDS
     if long and not math.isnan(value("temperature_error")):
         allowed = TEMPERATURE_ERROR * run.temperature + 3 * error("temperature_error")

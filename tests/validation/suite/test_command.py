@@ -106,6 +106,26 @@ def test_a_report_is_made_from_what_was_measured_elsewhere(toy_file, tmp_path):
     assert content["hardware"] == "a machine far away"
 
 
+def test_a_report_needs_no_teacher_that_measured_elsewhere(toy_file, tmp_path):
+    command = ["validate", toy_file, "--level", "tiny", "--device", "cpu", "--sections", "teacher",
+               "--pieces", tmp_path / "pieces", "--teacher", TEACHER]  # fmt: skip
+    settings = [f"model={toy_file}", "precision=double", "device=cpu"]
+    options = [word for pair in settings for word in ("--teacher-option", pair)]
+    result = mlffd(*command, *options, "-o", tmp_path / "elsewhere", "--measure-only")
+    assert result.exit_code == 0, result.output
+    command += ["--teacher-from-pieces", "--teacher-python", tmp_path / "no-python"]
+    result = mlffd(*command, "-o", tmp_path / "here")
+    assert result.exit_code in (0, 1), result.output
+    content = read_validation(tmp_path / "here")
+    assert content["status"]["teacher"] == "finished"
+    assert "MLFFDCalculator" in content["teacher"]
+    for numbers in (tmp_path / "pieces").glob("dimer*MLFFDCalculator*/numbers.json"):
+        numbers.unlink()
+    assert mlffd(*command, "-o", tmp_path / "here").exit_code == 3
+    result = mlffd(*command, "-o", tmp_path / "there", "--pieces", tmp_path / "none")
+    assert "holds nothing; without --teacher-from-pieces" in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -70,6 +70,16 @@ def test_a_broken_bond_fails_there(make_trajectory):
     assert failed(NVT, numbers) == {"longest bond / its length at the start"}
 
 
+def test_a_molecule_turned_inside_out_fails_there(make_trajectory):
+    system = load_system("alanine dipeptide")
+    run = replace(NVT, system="alanine dipeptide")
+    trajectory = make_trajectory(system)
+    assert not failed(run, ensemble_numbers(run, system, trajectory))
+    trajectory.positions[250:] *= [1, 1, -1]
+    numbers = ensemble_numbers(run, system, trajectory)
+    assert failed(run, numbers) == {"centers of four neighbors that were turned inside out"}
+
+
 def test_a_box_that_boils_fails_there(make_trajectory):
     system = load_system(WATER)
     trajectory = make_trajectory(system)
