@@ -14,6 +14,7 @@ kernel has their derivatives, of the third order, by the reference. What is by t
 operator of its own, so that it is left out of a graph of operations where nobody asks for it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -400,14 +401,16 @@ def _edges(plan: Tensor, geometry: Tensor, n_atoms: int, n_intervals: int) -> Te
 
 
 def _third(
-    tensors: list[Tensor], plan: Tensor, degree: int, by: list[Tensor | None]
+    tensors: Sequence[Tensor], plan: Tensor, degree: int, by: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Derivatives of the second derivatives, weighted, by the six tensors that they are of."""
-    gradient, table, geometry = tensors[0], tensors[3], tensors[4]
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    gradient, features, d_features, table, geometry, d_geometry = leaves
     edge_index = _edges(plan, geometry, gradient.shape[0], table.shape[0] - degree)
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        found = reference.edge_message_second(*leaves, edge_index, degree)
+        found = reference.edge_message_second(
+            gradient, features, d_features, table, geometry, d_geometry, edge_index, degree
+        )
         parts = [(f * w).sum() for f, w in zip(found, by, strict=True) if w is not None]
         total = torch.stack(parts).sum()
     return torch.autograd.grad(total, leaves, materialize_grads=True)

@@ -1,5 +1,7 @@
 """A student's network with fused messages, differentiable: for training on forces."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -35,10 +37,12 @@ class FusedNetwork(nn.Module):
         distance alone, or radial functions that are not known here.
     """
 
+    _table: Tensor
+
     def __init__(self, potential: Potential) -> None:
         super().__init__()
-        network = potential.network
-        if any(getattr(i, "has_pairs", False) for i in network.interactions):  # type: ignore[union-attr]
+        network: Any = potential.network  # painn.PaiNN or variants.VariantPaiNN
+        if any(getattr(i, "has_pairs", False) for i in network.interactions):
             raise ValueError("filters by pairs of elements cannot be tabulated by distance")
         self.network = network
         self.has_charges = bool(getattr(network, "has_charges", False))
@@ -86,7 +90,7 @@ class FusedNetwork(nn.Module):
         near: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Energy and partial charge of each atom, as of `VariantPaiNN.energies_and_charges`."""
-        network = self.network
+        network: Any = self.network
         distances, directions = distances_and_directions(edge_vectors)
         far, far_index = distances, edge_index
         if self.has_tail:
@@ -96,22 +100,22 @@ class FusedNetwork(nn.Module):
         place = (compress_core(distances, core) - self._shortest) * self._per_length
         geometry = torch.cat([directions, place.unsqueeze(1)], dim=1)
         scalars = self._features(species, geometry, edge_index)
-        energies = network.readout(scalars).squeeze(1)  # type: ignore[operator]
+        energies = network.readout(scalars).squeeze(1)
         charges = torch.zeros_like(energies)
         if self.has_charges:
-            charges = network.charge_readout(scalars).squeeze(1)  # type: ignore[operator]
+            charges = network.charge_readout(scalars).squeeze(1)
         if self.has_tail:
-            tail = network.tail(far, charges.to(far.dtype), species, far_index)  # type: ignore[operator]
+            tail = network.tail(far, charges.to(far.dtype), species, far_index)
             energies = energies.to(far.dtype) + tail / network.energy_scale
         return energies, charges
 
     def _features(self, species: Tensor, geometry: Tensor, edge_index: Tensor) -> Tensor:
-        network, n_atoms = self.network, species.shape[0]
-        c = int(network.n_channels)  # type: ignore[arg-type]
+        network: Any = self.network
+        n_atoms, c = species.shape[0], network.n_channels
         plan = training_ops.edge_plan(edge_index, geometry[:, 3], n_atoms, self._n_intervals)
-        scalars = network.embedding(species)  # type: ignore[operator]
+        scalars = network.embedding(species)
         vectors: Tensor | None = None
-        for interaction, mixing in zip(network.interactions, network.mixings, strict=True):  # type: ignore[arg-type]
+        for interaction, mixing in zip(network.interactions, network.mixings, strict=True):
             features = interaction.context(scalars)
             if vectors is None:
                 features = features.view(n_atoms, 2, c)
@@ -119,7 +123,7 @@ class FusedNetwork(nn.Module):
                 scaled = vectors * features[:, 2 * c :].unsqueeze(1)
                 features = torch.cat([features[:, : 2 * c].view(n_atoms, 2, c), scaled], dim=1)
             # rounded weights would make a table that is rough: this small product is exact
-            table = (self._table @ interaction.filter.weight.double().T).to(geometry.dtype)  # type: ignore[operator]
+            table = (self._table @ interaction.filter.weight.double().T).to(geometry.dtype)
             sums = torch.ops.mlffd.edge_message(
                 features.to(geometry.dtype),
                 table.view(table.shape[0], -1, c),
