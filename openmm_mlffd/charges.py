@@ -100,7 +100,7 @@ class ChargeEvaluator:
             self._sizes = self._molecules.bincount(minlength=len(totals)).double()
             self._totals = torch.tensor(totals, dtype=torch.float64, device=self.device)
         # that of the messages: the charges know nothing of a tail
-        self._neighbors = VerletList(network.cutoff)
+        self._neighbors = VerletList(float(network.cutoff))  # type: ignore[arg-type] # a module's attribute
 
     def charges(
         self, positions: NDArray[np.float64], cell: NDArray[np.float64] | None = None

@@ -86,7 +86,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
         "facts files adapter openmm validation",
         "numpy openmm openmmml mdtraj matplotlib jinja2 rdkit ase",
     ),
-    "timed teachers": ("bench.teacher_timing", "", "numpy ase orb_models"),
+    "timed teachers": ("bench.teacher_timing", "", "torch numpy ase orb_models"),
     "bench": (
         "bench bench.*",
         "facts physics files adapter factory openmm bench package",

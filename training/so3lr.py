@@ -220,6 +220,14 @@ def pairs_by_trying_all(
     return both, (first, second, box)
 
 
+def _joined(edges: list[Edges]) -> Edges:
+    return (
+        torch.cat([i for i, _, _ in edges]),
+        torch.cat([j for _, j, _ in edges]),
+        torch.cat([images for _, _, images in edges]),
+    )
+
+
 class So3lr:
     """SO3LR with a long-range cutoff of 12 Å for every structure, periodic or not.
 
@@ -324,12 +332,9 @@ class So3lr:
         for k in np.flatnonzero(~small).tolist():
             first, last = int(batch.offsets[k]), int(batch.offsets[k + 1])
             own = pairs(x[first:last], cells[k], bool(periodic[k]), cutoff)
-            found.append(tuple((i + first, j + first, s) for i, j, s in own))
-        short, long = (
-            tuple(torch.cat(part) for part in zip(*edges, strict=True))
-            for edges in zip(*found, strict=True)
-        )
-        return short, long
+            (i, j, s), (k_i, k_j, k_s) = own
+            found.append(((i + first, j + first, s), (k_i + first, k_j + first, k_s)))
+        return _joined([short for short, _ in found]), _joined([long for _, long in found])
 
     def _tensor(self, array: np.ndarray, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.as_tensor(array, dtype=dtype or self._dtype, device=self._device)

@@ -102,7 +102,7 @@ class ElectrostaticEmbedding:
                 box = ANGSTROM_PER_NM * vectors
             energy, forces = self.energy_and_forces(positions, box)
         except Exception as error:
-            better = error
+            better: BaseException = error
             if isinstance(error, RuntimeError):
                 better = explained(error, len(self.settings["atoms"]), torch.device("cpu"))
             raise RuntimeError(
