@@ -60,7 +60,7 @@ def open_evaluator(
     if kernels not in KERNELS:
         raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {kernels!r}")
     where = resolve_device(device)
-    if kernels == "fused" or (kernels == "auto" and _can_run_kernels(where)):
+    if kernels == "fused" or (kernels == "auto" and can_run_kernels(where)):
         from openmm_mlffd.engine import FastEvaluator
 
         # the weights are rounded once, to what the kernels read
@@ -93,7 +93,7 @@ def open_graphs(model: str | Path | None, precision: str, device: torch.device) 
     FusedGraphs or Potential
         Plain torch where fused kernels cannot run.
     """
-    if _can_run_kernels(device):
+    if can_run_kernels(device):
         from openmm_mlffd.batched import FusedGraphs
 
         potential = load_student(model, device=device, precision="double")
@@ -102,7 +102,7 @@ def open_graphs(model: str | Path | None, precision: str, device: torch.device) 
     return load_student(model, device=device, precision=precision)
 
 
-def _can_run_kernels(device: torch.device) -> bool:
+def can_run_kernels(device: torch.device) -> bool:
     """Whether Warp is there and can use the device; if not, says what to do about it."""
     warp = importlib.util.find_spec("warp")
     if warp is None:

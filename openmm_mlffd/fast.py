@@ -182,11 +182,7 @@ class FastPotential(nn.Module):
 
     def forward(self, rows: Rows, with_virial: bool = True) -> Prediction:
         """Energy, forces, virial (zeros if not wanted) and energy of each atom."""
-        geometry, by_slot, crowded = torch.ops.mlffd.edge_geometry(
-            rows.positions, rows.cell, rows.system, rows.species, self.pairs, self.limits,
-            rows.neighbors, rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
-            self.per_interval, self.strength, self.softness, self.in_double,
-        )  # fmt: skip
+        geometry, by_slot, crowded = self.edges(rows)
         learned = self.network(rows, geometry, by_slot)
         forces, terms = torch.ops.mlffd.edge_forces(
             rows.positions, rows.cell, rows.system, rows.species, self.pairs, rows.neighbors,
@@ -195,6 +191,31 @@ class FastPotential(nn.Module):
         )  # fmt: skip
         energy, virial = torch.ops.mlffd.system_sums(terms, rows.system, rows.cell.shape[0])
         return Prediction(energy, forces, virial, terms[0])
+
+    def edges(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """Direction and distance of each edge, room for gradients by them, and crowding."""
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.mlffd.edge_geometry(
+            rows.positions, rows.cell, rows.system, rows.species, self.pairs, self.limits,
+            rows.neighbors, rows.images, rows.counts, self.cutoff, self.softening, self.shortest,
+            self.per_interval, self.strength, self.softness, self.in_double,
+        )  # fmt: skip
+        return found
+
+    def features(self, rows: Rows) -> Tensor:
+        """Features of each atom from which its energy is read, shape ``(n_atoms, n_channels)``."""
+        geometry, _, _ = self.edges(rows)
+        like, c, n = self.embedding, self.n_channels, rows.counts.shape[0]
+        size = max(1, n if self.remember else min(n, self.smallest_chunk))
+        space, shared = space_for(size, c, like), room_for(size, c, like)
+        qs, mus, _, _ = self.forth(rows, geometry, space, shared, size)
+        q, mu = qs[-1], mus[-1]
+        for start in range(0, n, size):
+            m = min(size, n - start)
+            its_q, its_mu = part(q, start, m), part(mu, start, m)
+            here, now = part_of(shared, 0, m), first_of(space, m)
+            a = here.a.flatten()[: m * 2 * c].view(m, 2 * c)
+            self.mixing(its_q, its_mu, here.uv, here.hidden, a, now.bent, its_q, its_mu)
+        return q[:, :c]
 
     def parts(self, geometry: Tensor) -> int:
         """Groups of lanes for each row."""

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,11 +27,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 import openmm_mlffd
+from openmm_mlffd.engines import can_run_kernels
 from openmm_mlffd.graph import Graph
 from openmm_mlffd.modelfile import ModelFileError, find_student, load_student
 from openmm_mlffd.neighbors import VerletList
+from openmm_mlffd.painn import PaiNN
 from openmm_mlffd.potential import Potential, edge_vectors
 from openmm_mlffd.storage import replacing
+
+if TYPE_CHECKING:
+    from openmm_mlffd.novelty_fused import FusedNovelty
 
 FORMAT = "mlffd-novelty"
 VERSION = 1
@@ -195,13 +200,17 @@ class NoveltyMeter:
         Torch device.
     novelty
         The statistics; None for those that lie beside the student.
+    fused
+        Whether features come from the fused kernels; None: on a GPU, if they are made for the
+        student.
 
     Raises
     ------
     ModelFileError
         If there is no such student, or no statistics of this student.
     ValueError
-        If the student does not know an element.
+        If the student does not know an element, or is not one for the fused kernels that are asked
+        for.
 
     Notes
     -----
@@ -215,7 +224,9 @@ class NoveltyMeter:
         *,
         device: str | torch.device = "cpu",
         novelty: Novelty | None = None,
+        fused: bool | None = None,
     ) -> None:
+        self._device = torch.device(device)
         with torch.inference_mode(False):
             self.potential = load_student(model, device=device)
             self.species = self.potential.species(torch.tensor(np.asarray(numbers, np.int64)))
@@ -223,11 +234,24 @@ class NoveltyMeter:
         if novelty is None:
             novelty = load_novelty(model)
         _check_student(novelty.header, self.potential, model)
-        self._device = torch.device(device)
         self.novelty = novelty.to(self._device)
         self._atoms = atoms_of_elements(self.species)
         self._neighbors = VerletList(self.potential.cutoff)
         self._lock = threading.Lock()
+        if fused is None:
+            fused = (
+                self._device.type == "cuda"
+                and isinstance(self.potential.network, PaiNN)
+                and can_run_kernels(self._device)
+            )
+        self._fast: FusedNovelty | None = None
+        if fused:
+            from openmm_mlffd import novelty_fused
+
+            weights = load_student(model, device=device, precision="double")
+            self._fast = novelty_fused.FusedNovelty(
+                weights, self.species, self.novelty, self._atoms
+            )
 
     def measure(self, positions: ArrayLike, cell: ArrayLike | None = None) -> NDArray[np.float64]:
         """Novelty of each atom, shape ``(n_atoms,)``; infinite where positions are not finite.
@@ -242,6 +266,9 @@ class NoveltyMeter:
         array = np.array(positions, dtype=np.float64)
         if not np.isfinite(array).all():
             return np.full(len(array), np.inf)
+        if self._fast is not None:
+            with self._lock:
+                return self._fast.measure(array, cell)
         box = None if cell is None else torch.tensor(np.asarray(cell, dtype=np.float64))
         with self._lock, torch.inference_mode(False):
             graph = self._neighbors.graph(

@@ -28,7 +28,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     ),
     "files": ("modelfile", "facts physics process package", "torch numpy safetensors"),
     "adapter": (
-        "batched captured charges engine engines evaluator faults novelty",
+        "batched captured charges engine engines evaluator faults novelty novelty_fused",
         "facts kernels physics files adapter process package",
         "torch numpy safetensors",
     ),

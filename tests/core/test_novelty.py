@@ -220,3 +220,29 @@ def test_a_header_may_not_be_changed_in_memory(statistics):
     with pytest.raises(AttributeError):
         statistics.header.stop = 3.0
     assert replace(statistics.header, stop=3.0).stop == 3.0
+
+
+@pytest.mark.parametrize("boxed", [False, True])
+def test_fused_kernels_measure_the_same(ethanol, make_box, boxed):
+    pytest.importorskip("warp")
+    system = make_box(40, 8.3, seed=1) if boxed else ethanol
+    numbers = np.where(system.numbers == 7, 8, system.numbers)
+    plain, fused = (NoveltyMeter(numbers, fused=on) for on in (False, True))
+    rng = np.random.default_rng(0)
+    cell = system.cell if boxed else None
+    for _ in range(3):
+        positions = system.positions + rng.normal(scale=0.3, size=system.positions.shape)
+        expected = plain.measure(positions, cell)
+        assert fused.measure(positions, cell) == pytest.approx(expected, rel=2e-4)
+    assert np.isinf(fused.measure(positions * np.nan, cell)).all()
+
+
+def test_elements_without_statistics_are_new_to_the_fused_kernels_too(ethanol):
+    pytest.importorskip("warp")
+    statistics = load_novelty()
+    elements, counts = statistics.header.elements, statistics.header.counts
+    left = [0 if s == "O" else n for s, n in zip(elements, counts, strict=True)]
+    without = replace(statistics, header=replace(statistics.header, counts=left))
+    found = NoveltyMeter(ethanol.numbers, novelty=without, fused=True).measure(ethanol.positions)
+    assert np.isinf(found[ethanol.numbers == 8]).all()
+    assert np.isfinite(found[ethanol.numbers != 8]).all()
