@@ -237,3 +237,13 @@ def test_fused_is_a_word_or_a_truth_value(tmp_path):
         path.write_text(f"data: {{files: [a.h5]}}\nfused: {text}\n")
         assert load_config(path).fused == word
     assert not wants_fused(load_config(path), CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiler", ["on", "off"])
+def test_fused_steps_on_a_gpu_are_recorded_as_a_graph(morse_config, compiler):
+    trainer = Trainer(morse_config(fused="on", compile=compiler, device="cuda"))
+    trainer.run()
+    assert trainer.shortfall == ""
+    assert trainer.training_step.loss_gradient.is_fused
+    assert trainer._resident.step.is_graph
