@@ -107,7 +107,7 @@ def _box(
     volume = np.abs(np.linalg.det(cells))
     density = _GRAM * system.masses.sum() / volume
     start = abs(float(np.linalg.det(np.asarray(system.cell))))
-    numbers = {
+    numbers: dict[str, Any] = {
         "density": float(density[late].mean()),
         "density_error": block_error(density[late]),
         "density_first": float(density[0]),
