@@ -99,6 +99,8 @@ class Report:
             autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
         )
         environment.filters["number"] = number
+        environment.filters["value"] = lambda check: value_text(check.value, check.high, check.unit)
+        environment.filters["range"] = lambda check: range_text(check.low, check.high, check.unit)
         source = files("openmm_mlffd.validation").joinpath("report.html").read_text("utf-8")
         path = Path(path)
         path.write_text(environment.from_string(source).render(report=self), encoding="utf-8")
@@ -121,6 +123,27 @@ def number(value: float, digits: int = 3) -> str:
             mantissa, exponent = text.split("e")
             text = f"{mantissa}·10{exponent_text(int(exponent))}"
     return text.rstrip(".").replace("-", "−")
+
+
+def value_text(value: float | None, high: float, unit: str = "") -> str:
+    """The value of a check: what must not be at all is counted.
+
+    >>> value_text(8.0, 0.0), value_text(0.07818, 0.05, "eV")
+    ('8', '0.0782 eV')
+    """
+    if value is None or value != value:
+        return "no number"
+    return f"{value:.0f}" if high == 0 else f"{number(value)} {unit}".strip()
+
+
+def range_text(low: float, high: float, unit: str = "") -> str:
+    """What a check asks for.
+
+    >>> range_text(3.0, 5.0), range_text(0.0, 0.05, "eV")
+    ('3 to 5', 'at most 0.05 eV')
+    """
+    text = f"{low:.4g} to {high:.4g}" if low > 0 else f"at most {high:.4g}"
+    return f"{text} {unit}".strip()
 
 
 def exponent_text(exponent: int) -> str:

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from openmm_mlffd.validation.report import number
+from openmm_mlffd.validation.report import number, range_text, value_text
 from openmm_mlffd.validation.suite.card_facts import (
     domain,
     drift_rows,
@@ -42,6 +42,8 @@ def write_card(content: Mapping[str, Any], path: str | Path) -> Path:
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
     )
+    environment.filters["value"] = lambda c: value_text(c["value"], c["high"], c["unit"])
+    environment.filters["range"] = lambda c: range_text(c["low"], c["high"], c["unit"])
     environment.filters["number"] = lambda x: "–" if x is None else number(float(x))
     environment.filters["cell"] = lambda x: str(x).replace("|", "\\|").replace("\n", " ")
     source = (

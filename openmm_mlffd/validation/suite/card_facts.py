@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from openmm_mlffd.validation.report import number
+from openmm_mlffd.validation.report import number, range_text, value_text
 from openmm_mlffd.validation.suite.stability_section import result
 
 FEW_ATOMS = 300
@@ -44,7 +44,7 @@ def domain(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = stability_rows(content)
     if found:
         temperatures = sorted({run["kelvin"] for _, run in found})
-        rows.append(("dynamics tested at", ", ".join(f"{t:g} K" for t in temperatures)))
+        rows.append(("stability tested at", ", ".join(f"{t:g} K" for t in temperatures)))
     return rows
 
 
@@ -57,9 +57,9 @@ def weaknesses(content: Mapping[str, Any]) -> list[str]:
 def _failed(content: Mapping[str, Any]) -> Iterator[str]:
     for check in content["checks"]:
         if not check["passed"]:
-            value = "no number" if check["value"] is None else number(check["value"])
-            limit = f"{number(check['high'])} {check['unit']}".strip()
-            yield f"{check['name']}: {value} {check['unit']}, at most {limit} were to be reached."
+            value = value_text(check["value"], check["high"], check["unit"])
+            limit = range_text(check["low"], check["high"], check["unit"])
+            yield f"{check['name']}: {value}; it has to be {limit}."
 
 
 def _worse(content: Mapping[str, Any]) -> Iterator[str]:

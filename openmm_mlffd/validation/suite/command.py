@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from openmm_mlffd.training.teachers import parse_options
-from openmm_mlffd.validation.report import number
+from openmm_mlffd.validation.report import range_text, value_text
 from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.measure import run_measurements
 from openmm_mlffd.validation.suite.models import Model, StudentModel, TeacherModel
@@ -147,7 +147,7 @@ def run_stability_command(
         echo(f"{name:45s} {run['picoseconds']:8.3g} ps  {stability_result(run)}")
     for check in checks:
         verdict = "passed" if check.passed else "FAILED"
-        echo(f"{verdict}  {check.name}: {number(check.value)} {check.unit}")
+        echo(f"{verdict}  {check.name}: {value_text(check.value, check.high, check.unit)}")
     return True, all(check.passed for check in checks)
 
 
@@ -179,8 +179,9 @@ def _report(
     content = run_validation(job, sections)
     for check in content["checks"]:
         if not check["passed"]:
-            value = math.nan if check["value"] is None else check["value"]
-            echo(f"FAILED  {check['name']}: {number(value)} {check['unit']}")
+            value = value_text(check["value"], check["high"], check["unit"])
+            limit = range_text(check["low"], check["high"], check["unit"])
+            echo(f"FAILED  {check['name']}: {value} ({limit})")
     passed = sum(check["passed"] for check in content["checks"])
     echo(
         f"{passed} of {len(content['checks'])} checks passed; {job.output / 'report.html'} "

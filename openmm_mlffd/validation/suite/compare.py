@@ -1,10 +1,11 @@
 """Several students side by side, from their validations."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from openmm_mlffd.validation.report import Report, Section, TableBlock, number
+from openmm_mlffd.validation.report import Report, Section, TableBlock
 from openmm_mlffd.validation.suite.summary import headlines, read_validation
 
 
@@ -24,7 +25,8 @@ def compare(paths: Sequence[Path]) -> Report:
     contents = [read_validation(path) for path in paths]
     names = _names(contents, paths)
     found = [
-        {(h.section, h.name, h.unit): h.value for h in headlines(content)} for content in contents
+        {(h.section, h.name, h.unit): replace(h, unit="").text for h in headlines(content)}
+        for content in contents
     ]
     keys = list(dict.fromkeys(key for table in found for key in table))
     sections = []
@@ -32,7 +34,7 @@ def compare(paths: Sequence[Path]) -> Report:
         rows = [
             [
                 f"{key[1]} [{key[2]}]" if key[2] else key[1],
-                *("–" if key not in table else number(table[key]) for table in found),
+                *(table.get(key, "–") for table in found),
             ]
             for key in keys
             if key[0] == section

@@ -64,7 +64,8 @@ def _section(
         ("inverted_centers", "centers of four neighbors turned inside out"),
     ):
         if key in shape:
-            rows.append([what, number(shape[key])])
+            value = shape[key]
+            rows.append([what, str(value) if isinstance(value, int) else number(value)])
     pv = found["physical_validation"]
     if pv is not None:
         deviations = " and ".join(

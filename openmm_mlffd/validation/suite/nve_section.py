@@ -8,6 +8,7 @@ from typing import Any
 from openmm_mlffd.units import BOLTZMANN
 from openmm_mlffd.validation import figures
 from openmm_mlffd.validation.conservation import (
+    SLOPE_KT_DURATION,
     EnergyTrace,
     conservation,
     halving_ratio,
@@ -111,6 +112,11 @@ def _run_section(run: NVERun, result: NVEResult, found: Mapping[str, Any]) -> Se
         paragraphs.append(
             f"{run.picoseconds:g} ps were planned; the time allowed "
             f"{number(found['picoseconds'])} ps."
+        )
+    if finest["duration"] < SLOPE_KT_DURATION:
+        paragraphs.append(
+            "Energies wander, so that runs this short say nothing of drift: their slopes are given "
+            "and not judged."
         )
     if not run.judged:
         paragraphs.append("Reported without a pass mark.")

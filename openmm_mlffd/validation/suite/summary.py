@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from openmm_mlffd.validation.report import number
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -23,6 +25,12 @@ class Headline:
 
     value: float
     """NaN if it was not measured."""
+
+    @property
+    def text(self) -> str:
+        """The value with its unit; counts without decimals."""
+        counted = not self.unit and float(self.value).is_integer()
+        return f"{self.value:.0f}" if counted else f"{number(self.value)} {self.unit}".strip()
 
 
 def read_validation(path: Path) -> dict[str, Any]:
