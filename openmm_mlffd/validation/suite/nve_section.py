@@ -101,7 +101,9 @@ def _scientific(value: float | None) -> str:
 def _run_section(run: NVERun, result: NVEResult, found: Mapping[str, Any]) -> Section:
     finest = found["runs"][0]
     precision = {
-        "single": "the network in float32, energies and the integrator in float64 (mixed)",
+        "single": "the network in float32, energies and the integrator in float64",
+        "mixed": "features gathered in float16, the rest of the network in float32, energies and "
+        "the integrator in float64",
         "double": "everything in float64",
     }[run.precision]
     paragraphs = [

@@ -269,7 +269,6 @@ def _smoke() -> Plan:
 
 
 def _full() -> Plan:
-    mixed = "single"
     peptide = EnsembleRun(system=PEPTIDE, picoseconds=200.0, frame=0.05)
     water = EnsembleRun(system=WATER, picoseconds=200.0, frame=0.1, pressure=1.0, copies=(2, 2, 1))
     return Plan(
@@ -279,13 +278,16 @@ def _full() -> Plan:
         smoothness=("N-methylacetamide", "trimethyl phosphate"),
         nve=(
             NVERun(
-                system=DRUG, picoseconds=1000.0, timesteps=(0.5,), precision=mixed, minutes=6.0
+                system=DRUG, picoseconds=1000.0, timesteps=(0.5,), precision="single", minutes=6.0
             ),
             NVERun(system=DRUG, picoseconds=4.0),
             NVERun(system=PEPTIDE, picoseconds=4.0),
-            NVERun(system=PEPTIDE, picoseconds=50.0, precision=mixed),
+            NVERun(system=PEPTIDE, picoseconds=50.0, precision="single"),
             NVERun(
-                system=WATER, picoseconds=1.0, timesteps=(0.5, 1.0), precision=mixed,
+                system=PEPTIDE, picoseconds=4.0, timesteps=(0.5,), precision="mixed", judged=False
+            ),
+            NVERun(
+                system=WATER, picoseconds=1.0, timesteps=(0.5, 1.0), precision="single",
                 copies=(4, 2, 2), judged=False,
             ),
         ),
