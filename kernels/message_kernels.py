@@ -123,7 +123,8 @@ _COMMON = """
                                                                 : capacity;
 #if defined(__CUDA_ARCH__)
     // a struct of so many bytes is loaded by one instruction
-    constexpr int WIDE = CPL * sizeof(stored) < 16 ? CPL * sizeof(stored) : 16;
+    constexpr int BYTES = CPL * sizeof(stored);
+    constexpr int WIDE = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : BYTES % 4 == 0 ? 4 : 2;
     struct alignas(WIDE) Pack { stored v[CPL]; };
     #define LOAD(to, from) Pack to##_pack = *(const Pack*)(from); const stored* to = to##_pack.v
     struct alignas(4 * sizeof(real) < 16 ? 4 * sizeof(real) : 16) Slot { real v[4]; };

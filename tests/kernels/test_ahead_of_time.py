@@ -65,7 +65,10 @@ def every_kernel():
                     found.append(message_kernels.backward_kernel(variant, True, split))
     found += [message_kernels.backward_kernel(v, False, 0) for v in message_variants(True)]
     found += kernels_for_training()
-    # three channels of a lane: as much as 4 bytes are aligned
+    odd = message_kernels.Variant(96, False, 5, SINGLE, SINGLE)  # three channels of a lane
+    found += [
+        message_kernels.forward_kernel(odd, 0), message_kernels.backward_kernel(odd, True, 256)
+    ]  # fmt: skip
     found.append(
         training_kernels.training_kernel("forward", training_kernels.Variant(96, False, 5, SINGLE))
     )
