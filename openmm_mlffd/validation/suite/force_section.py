@@ -147,7 +147,9 @@ def _trends(e: Evaluated) -> list[FigureBlock]:
     ylabel = "RMSE of a structure [meV/Å]"
     figures = [
         FigureBlock(
-            svg=draw.draw_trend(length, error, "length of the force [eV/Å]", "error [meV/Å]"),
+            svg=draw.draw_trend(
+                length, error, "length of the force [eV/Å]", "error [meV/Å]", logarithmic=True
+            ),
             caption="Error of the force on an atom against its length.",
             alt="Error of forces against their length.",
         ),
@@ -173,7 +175,11 @@ def _trends(e: Evaluated) -> list[FigureBlock]:
     near = np.isfinite(e.distance)
     if near.any():
         svg = draw.draw_trend(
-            e.distance[near], error[near], "distance to the training set", "error [meV/Å]"
+            e.distance[near],
+            error[near],
+            "distance to the training set",
+            "error [meV/Å]",
+            logarithmic=True,
         )
         figures.append(
             FigureBlock(
