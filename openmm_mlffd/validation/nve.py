@@ -225,39 +225,16 @@ def run_nve(
     openmm.OpenMMException
         If the run explodes.
     """
-    trace, _ = run_nve_segment(
-        system,
-        start,
-        timestep=timestep,
-        picoseconds=picoseconds,
-        sample=sample,
-        platform=platform,
-        progress=progress,
-    )
-    return trace
-
-
-def run_nve_segment(
-    system: openmm.System,
-    start: openmm.State,
-    *,
-    timestep: float = 0.5,
-    picoseconds: float = 2.0,
-    sample: float = 1.0,
-    platform: str | None = None,
-    progress: Progress | None = None,
-) -> tuple[EnergyTrace, openmm.State]:
-    """Do what `run_nve` does, and give the State at the end: the start of the next segment.
-
-    Segments follow the trajectory of one long run to rounding. The shadow energy is not known
-    in the first three steps of each.
-    """
     run = ConstantEnergy(system, start, timestep=timestep, sample=sample, platform=platform)
-    return run.go_on(picoseconds, progress)
+    return run.go_on(picoseconds, progress)[0]
 
 
 class ConstantEnergy:
-    """A run at constant energy that goes on in one Context; arguments as for `run_nve`."""
+    """A run at constant energy that goes on in one Context; arguments as for `run_nve`.
+
+    From a State that `go_on` gave, another instance follows the trajectory of one long run to
+    rounding; only the shadow energy of its first three steps is not known.
+    """
 
     def __init__(
         self,

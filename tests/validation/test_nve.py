@@ -8,6 +8,7 @@ from openmm import app, unit
 from openmm_mlffd.units import KJ_PER_MOL_PER_EV
 from openmm_mlffd.validation.conservation import halving_ratio
 from openmm_mlffd.validation.nve import (
+    ConstantEnergy,
     degrees_of_freedom,
     equilibrate,
     measure_nve,
@@ -34,6 +35,24 @@ def test_exact_forces_pass_with_a_halving_ratio_of_four(make_chain):
     assert result.passed
     assert len(result.checks) == 2
     assert [run.timestep for run in result.runs] == [1.0, 2.0]
+
+
+def test_a_run_that_goes_on_is_that_of_one_portion(make_chain):
+    chain = make_chain()
+    start = start_of(chain)
+    options = {"timestep": 1.0, "sample": 2.0, "platform": "Reference"}
+    whole = run_nve(chain.system(), start, picoseconds=0.2, **options)
+    run = ConstantEnergy(chain.system(), start, **options)
+    first, state = run.go_on(0.08)
+    second, _ = run.go_on(0.12)
+    for name in ("potential", "kinetic", "shadow"):
+        joined = np.concatenate([getattr(first, name), getattr(second, name)[1:]])
+        np.testing.assert_array_equal(joined, getattr(whole, name))
+    assert np.isfinite(second.shadow).all()
+    assert second.time[0] == 0
+    # and from the State between them
+    again, _ = ConstantEnergy(chain.system(), state, **options).go_on(0.12)
+    np.testing.assert_allclose(again.potential, second.potential, rtol=0, atol=1e-9)
 
 
 def test_forces_one_percent_too_large_fail_the_halving_ratio(make_chain):

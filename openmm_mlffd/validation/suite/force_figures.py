@@ -61,10 +61,11 @@ def draw_parity(
 def draw_errors(
     errors: NDArray[np.float64], quantity: str, *, quantile: float = 0.995, signed: bool = True
 ) -> str:
-    """Histogram of errors, with the tails beyond a quantile gathered in the last bins."""
+    """Histogram of errors; beyond a quantile, or 15 medians, they share the last bins."""
     with new_canvas() as canvas:
         (axes,) = canvas.axes
-        limit = max(float(np.quantile(np.abs(errors), quantile)), 1e-9)
+        size = np.abs(errors)
+        limit = max(min(float(np.quantile(size, quantile)), 15 * float(np.median(size))), 1e-9)
         edges = np.linspace(-limit if signed else 0.0, limit, 61)
         axes.hist(np.clip(errors, edges[0], edges[-1]), edges.tolist(), color=COLORS[0])
         axes.set_yscale("log")
@@ -106,7 +107,7 @@ def draw_trend(
     n_bins: int = 15,
     logarithmic: bool = False,
 ) -> str:
-    """Median and spread of y along x, in bins of equally many points."""
+    """Median and spread of y along x, in bins of equally many points, the last ones of fewer."""
     with new_canvas() as canvas:
         (axes,) = canvas.axes
         if len(x) > 400:
@@ -123,7 +124,7 @@ def draw_trend(
                 rasterized=True,
             )
         bins = max(1, min(n_bins, len(x) // 5))
-        centers, (low, middle, high) = quantile_bins(x, y, bins, (0.1, 0.5, 0.9))
+        centers, (low, middle, high) = quantile_bins(x, y, bins, (0.1, 0.5, 0.9), tail=10)
         axes.plot(centers, middle, color=COLORS[0], marker="o", markersize=3, label="median")
         axes.plot(centers, low, color=COLORS[0], linewidth=0.8, linestyle=":")
         axes.plot(
@@ -131,7 +132,13 @@ def draw_trend(
         )
         if logarithmic:
             axes.set_xscale("log")
-        axes.set_ylim(0, max(1.6 * float(high.max()), 1e-9))
+            axes.set_xlim(max(float(np.quantile(x, 0.002)), 1e-9), 1.2 * float(x.max()))
+        top = max(1.6 * float(high.max()), 1e-9)
+        if low.min() > 0 and high.max() > 5 * np.median(middle):
+            axes.set_yscale("log")
+            axes.set_ylim(0.5 * float(low.min()), top)
+        else:
+            axes.set_ylim(0, top)
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         legend_above(axes)
@@ -221,6 +228,8 @@ def _cloud(axes: Axes, x: NDArray[np.float64], y: NDArray[np.float64]) -> None:
     if len(x) > 20000:
         chosen = np.random.default_rng(0).choice(len(x), 20000, replace=False)
         x, y = x[chosen], y[chosen]
+    size, alpha = (1.5, 0.25) if len(x) > 5000 else (2.0, 0.5)
     axes.plot(
-        x, y, ".", color=COLORS[4], markersize=1.5, alpha=0.25, markeredgewidth=0, rasterized=True
-    )
+        x, y, ".", color=COLORS[4], markersize=size, alpha=alpha, markeredgewidth=0,
+        rasterized=True,
+    )  # fmt: skip

@@ -9,7 +9,12 @@ import numpy as np
 from openmm_mlffd.training.evaluate import ANGLE_THRESHOLD
 from openmm_mlffd.validation.report import FigureBlock, Section, TableBlock, number
 from openmm_mlffd.validation.suite import force_figures as draw
-from openmm_mlffd.validation.suite.forces import Evaluated, force_checks, measure_forces
+from openmm_mlffd.validation.suite.forces import (
+    Evaluated,
+    force_checks,
+    measure_forces,
+    worst_structures,
+)
 from openmm_mlffd.validation.suite.frames import write_extended_xyz, write_pymol
 from openmm_mlffd.validation.suite.job import Job, SectionResult, named
 
@@ -51,8 +56,8 @@ def write_worst(job: Job, e: Evaluated) -> list[str]:
     folder = job.output / WORST_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     names: list[str] = []
-    order = np.argsort(-e.rmse, kind="stable")[: job.plan.forces.n_worst]
-    for rank, i in enumerate(order.tolist(), 1):
+    worst = worst_structures(e, job.plan.forces.n_worst)
+    for rank, i in enumerate(worst.tolist(), 1):
         structure, rows = e.structure(i)
         teacher, student = e.labels[rows], e.forces[rows]
         subset = e.subsets[e.structures.subset[i]]
@@ -147,7 +152,9 @@ def _trends(e: Evaluated) -> list[FigureBlock]:
     ylabel = "RMSE of a structure [meV/Å]"
     figures = [
         FigureBlock(
-            svg=draw.draw_trend(length, error, "length of the force [eV/Å]", "error [meV/Å]"),
+            svg=draw.draw_trend(
+                length, error, "length of the force [eV/Å]", "error [meV/Å]", logarithmic=True
+            ),
             caption="Error of the force on an atom against its length.",
             alt="Error of forces against their length.",
         ),
@@ -173,7 +180,11 @@ def _trends(e: Evaluated) -> list[FigureBlock]:
     near = np.isfinite(e.distance)
     if near.any():
         svg = draw.draw_trend(
-            e.distance[near], error[near], "distance to the training set", "error [meV/Å]"
+            e.distance[near],
+            error[near],
+            "distance to the training set",
+            "error [meV/Å]",
+            logarithmic=True,
         )
         figures.append(
             FigureBlock(
@@ -207,18 +218,18 @@ def _groups(numbers: Mapping[str, Any]) -> list[FigureBlock]:
 
 
 def _worst_figures(e: Evaluated, n_worst: int) -> list[FigureBlock]:
-    order = np.argsort(-e.rmse, kind="stable")
+    order = worst_structures(e, max(50, n_worst))
     top = order[:n_worst]
     names = [f"{e.subsets[e.structures.subset[i]]} {e.index[i]}" for i in top]
     nothing = np.full(len(top), math.nan)
     figures = [
         FigureBlock(
             svg=draw.draw_bars(names, 1e3 * e.rmse[top], nothing, nothing, "force RMSE [meV/Å]"),
-            caption="The worst structures: subset and place in the data set.",
+            caption="The worst structures, one of each molecule: subset and place in the data set.",
             alt="Force errors of the worst structures.",
         )
     ]
-    drawn = [i for i in order[: max(50, n_worst)] if e.count[i] <= _DRAWN_ATOMS]
+    drawn = [i for i in order if e.count[i] <= _DRAWN_ATOMS]
     if drawn:
         structure, rows = e.structure(int(drawn[0]))
         figures.append(
@@ -320,7 +331,7 @@ def _element_table(elements: Mapping[str, Any]) -> TableBlock:
 
 def _worst_table(worst: list[Mapping[str, Any]]) -> TableBlock:
     return TableBlock(
-        caption="The worst structures",
+        caption="The worst structures, one of each molecule",
         columns=["place in the data", "subset", "atoms", "force RMSE [meV/Å]", "largest [eV/Å]"],
         rows=[
             [

@@ -328,8 +328,14 @@ def _elements(e: Evaluated) -> dict[str, Any]:
     return table
 
 
+def worst_structures(e: Evaluated, n: int) -> NDArray[np.int64]:
+    """Indices of the structures with the largest errors, the worst of each molecule alone."""
+    order = np.argsort(-e.rmse, kind="stable")
+    _, first = np.unique(e.structures.group[order], return_index=True)
+    return np.asarray(order[np.sort(first)[:n]], np.int64)
+
+
 def _worst(e: Evaluated, n: int) -> list[dict[str, Any]]:
-    order = np.argsort(-e.rmse, kind="stable")[:n]
     return [
         {
             "place": int(e.index[i]),
@@ -338,7 +344,7 @@ def _worst(e: Evaluated, n: int) -> list[dict[str, Any]]:
             "force_rmse": 1e3 * float(e.rmse[i]),
             "largest": float(e.error[e.owner == i].max()),
         }
-        for i in order
+        for i in worst_structures(e, n).tolist()
     ]
 
 

@@ -141,18 +141,30 @@ def rank_correlation(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
 
 
 def quantile_bins(
-    x: NDArray[np.float64], y: NDArray[np.float64], n_bins: int, quantiles: Sequence[float]
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    n_bins: int,
+    quantiles: Sequence[float],
+    tail: int | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Quantiles of y in bins of x that hold about equally many points; equal x share a bin.
+
+    With `tail` the last bin is halved again and again, as long as that many points are left, so
+    that it is seen what becomes of the few with the largest x.
 
     Returns
     -------
     centers : ndarray
-        Mean x of each bin, shape ``(n,)`` with n at most ``n_bins``.
+        Mean x of each bin, shape ``(n,)``.
     values : ndarray
         Shape ``(n_quantiles, n)``.
     """
-    edges = np.unique(np.quantile(x, np.linspace(0, 1, n_bins + 1)[1:-1]))
+    shares = np.linspace(0, 1, n_bins + 1)[1:-1].tolist()
+    rest = 0.5 / n_bins
+    while tail is not None and rest * len(x) >= tail:
+        shares.append(1 - rest)
+        rest /= 2
+    edges = np.unique(np.quantile(x, shares))
     bins = np.searchsorted(edges, x, side="left")
     parts = [np.flatnonzero(bins == b) for b in np.unique(bins)]
     centers = np.array([x[p].mean() for p in parts])

@@ -1,6 +1,7 @@
 import re
 import sys
 import types
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ from openmm_mlffd.training.batches import StructureSource, make_batch
 from openmm_mlffd.training.evaluate import evaluate
 from openmm_mlffd.training.hdf5 import Dataset
 from openmm_mlffd.validation.suite import force_section
-from openmm_mlffd.validation.suite.forces import as_batch, choose, conformer_errors, measure_forces
+from openmm_mlffd.validation.suite.forces import (
+    as_batch,
+    choose,
+    conformer_errors,
+    measure_forces,
+    worst_structures,
+)
 from openmm_mlffd.validation.suite.job import Job
 from openmm_mlffd.validation.suite.models import PotentialModel, StudentModel, pack
 from openmm_mlffd.validation.suite.plan import make_plan
@@ -125,6 +132,17 @@ def test_forces_of_the_wrong_sign_fail(student, make_job, small_data):
     assert "forces: energy MAE" not in failed
     elements = result.numbers["elements"]
     assert elements["H"]["angle"] > 90 > elements["C"]["angle"]
+
+
+def test_of_each_molecule_the_worst_structure_alone_is_shown(measured):
+    _, e, _ = measured
+    groups = e.structures.group // 3
+    e = replace(e, structures=e.structures._replace(group=groups))
+    chosen = worst_structures(e, 100)
+    assert len(chosen) == len(set(groups.tolist())) < len(groups)
+    assert sorted(e.rmse[chosen], reverse=True) == e.rmse[chosen].tolist()
+    for i in chosen:
+        assert e.rmse[i] == e.rmse[groups == groups[i]].max()
 
 
 def test_the_worst_structures_are_files_that_others_read(measured, monkeypatch):

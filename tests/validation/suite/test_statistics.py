@@ -92,3 +92,10 @@ def test_equal_values_share_a_bin():
     centers, (median,) = quantile_bins(x, 10 * x, 10, [0.5])
     np.testing.assert_allclose(centers, [1, 2, 3])
     np.testing.assert_allclose(median, [10, 20, 30])
+
+
+def test_the_last_bin_is_halved_while_points_are_left():
+    x = np.arange(1000.0)
+    centers, _ = quantile_bins(x, x, 2, [0.5], tail=60)
+    # 500, 250, 125, and 62 twice
+    np.testing.assert_allclose(centers, [249.5, 624.5, 812, 906, 968.5], atol=1)
