@@ -90,12 +90,32 @@ def data_merge(
     val: _Val = None,
     test: _Test = None,
     seed: _Seed = None,
+    exclude: Annotated[
+        list[Path] | None,
+        typer.Option(help="File of InChIKeys or SMILES whose molecules are left out, repeatable."),
+    ] = None,
 ) -> None:
     """One file of several; what comes twice is taken once. Keeps the split unless told."""
     from openmm_mlffd.training.datasets.combine import choose_rule, merge
 
-    n, duplicates = merge(files, output, split=choose_rule(val, test, seed))
-    typer.echo(f"{output}: {n} structures, {duplicates} duplicates left out")
+    rule = choose_rule(val, test, seed)
+    if exclude:
+        from openmm_mlffd.training.generation.molecules import holds_excluded, read_excluded
+        from openmm_mlffd.training.generation.peptides import smiles_of_group
+
+        keys = read_excluded(exclude)
+        merged = merge(
+            files,
+            output,
+            split=rule,
+            wanted=lambda group: not holds_excluded(smiles_of_group(group), keys),
+        )
+    else:
+        merged = merge(files, output, split=rule)
+    said = f", {merged.excluded} of molecules to exclude" if exclude else ""
+    typer.echo(
+        f"{output}: {merged.structures} structures, {merged.duplicates} duplicates{said} left out"
+    )
 
 
 @data.command("split")

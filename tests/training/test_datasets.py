@@ -244,7 +244,7 @@ def test_page_of_structures_without_labels_leaves_out_what_is_not_known(tmp_path
 def test_merged_file_has_each_structure_once_with_its_group_and_subset(rewrite, tmp_path):
     first = rewrite(lambda s: take(s, np.arange(0, 60)), name="first.h5")
     second = rewrite(lambda s: take(s, np.arange(50, 104)), name="second.h5")
-    assert merge([first, second], tmp_path / "out.h5") == (104, 10)
+    assert merge([first, second], tmp_path / "out.h5") == (104, 10, 0)
     whole = rewrite(name="whole.h5")
     with Dataset(tmp_path / "out.h5") as ours, Dataset(whole) as theirs:
         a, b = ours.read(0, 104), theirs.read(0, 104)
@@ -262,7 +262,7 @@ def test_labels_of_different_teachers_or_splits_are_not_mixed(sample, rewrite, t
     with pytest.raises(DatasetError, match="split in different ways"):
         merge([sample, differently], tmp_path / "out.h5")
     assert not (tmp_path / "out.h5").exists()
-    assert merge([sample, differently], tmp_path / "out.h5", split=SplitRule()) == (104, 104)
+    assert merge([sample, differently], tmp_path / "out.h5", split=SplitRule()) == (104, 104, 0)
 
 
 def test_files_of_the_splits_hold_every_structure_once(rewrite, tmp_path):
@@ -283,6 +283,22 @@ def test_files_of_the_splits_hold_every_structure_once(rewrite, tmp_path):
         assert sorted(energies) == sorted(dataset.read(0, 104).energy.tolist())
     with pytest.raises(FileExistsError, match=r"train\.h5 exists"):
         split_file(whole, tmp_path / "parts")
+
+
+def test_structures_of_molecules_to_exclude_are_left_out(rewrite, tmp_path):
+    (tmp_path / "not.smi").write_text("OCC(=O)O\nNCCS  also as its salt\n")
+    whole, out = rewrite(), tmp_path / "out.h5"
+    options = ["--exclude", str(tmp_path / "not.smi"), "-o", str(out)]
+    done = CliRunner().invoke(app, ["data", "merge", str(whole), *options])
+    with Dataset(whole) as before, Dataset(out) as after:
+        groups = before.group_names()
+        bad = [i for i, name in enumerate(groups) if "NCCS" in name.split(".")]
+        n_bad = int(np.isin(before.read(0, len(before)).group, bad).sum())
+        assert n_bad > 0
+        assert len(after) == len(before) - n_bad
+        assert set(after.group_names()) == set(groups) - {groups[i] for i in bad}
+    said = f"{104 - n_bad} structures, 0 duplicates, {n_bad} of molecules to exclude"
+    assert f"{said} left out" in done.stdout
 
 
 def test_commands_say_what_they_wrote(rewrite, tmp_path):

@@ -216,7 +216,7 @@ def test_excluded_molecules_are_in_no_structure(recipe, tmp_path):
 
 def test_recipe_that_comes_with_the_package_is_valid():
     loaded = load_recipe(BROAD)
-    assert loaded.recipe.exclude == ["benchmarks.inchikeys"]
+    assert loaded.recipe.exclude == ["benchmarks.inchikeys", "spice_test.inchikeys"]
     assert {"drugs", "peptides", "dimers", "water", "box_drugs"} <= set(loaded.subsets)
 
 

@@ -12,6 +12,7 @@ from openmm_mlffd.training.generation.molecules import (
     SourceMissing,
     embed,
     find_files,
+    holds_excluded,
     ionize,
     numbers_of,
     read_excluded,
@@ -22,8 +23,9 @@ from openmm_mlffd.training.generation.peptides import (
     VARIANTS,
     draw_peptides,
     peptide_smiles,
+    smiles_of_group,
 )
-from openmm_mlffd.training.generation.recipe import PeptideConfig, SourceConfig
+from openmm_mlffd.training.generation.recipe import PeptideConfig, SourceConfig, load_recipe
 from openmm_mlffd.training.generation.sampling import SamplingError
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -66,12 +68,30 @@ def test_excluded_molecule_is_left_out_in_every_protonation_state(tmp_path):
 
 
 def test_benchmarks_are_excluded_by_the_recipe_that_comes_with_the_package():
-    excluded = read_excluded([CONFIGS / "benchmarks.inchikeys"])
-    assert len(excluded) > 500
+    lists = load_recipe(CONFIGS / "broad.yaml").recipe.exclude
+    excluded = read_excluded(CONFIGS / name for name in lists)
+    assert len(excluded) > 1100
     keep = Filter(elements=CHNO | {"Cl", "S", "F"}, min_atoms=1, max_atoms=99, excluded=excluded)
     tyk2 = "O=C(Nc1ccnc(NC(=O)C2CC2)c1)c1c(Cl)cccc1Cl"  # ligand ejm_31's family of JACS
     assert keep(tyk2) is None
+    flurazepam = "CCN(CC)CCN1C(=O)CN=C(c2ccccc2F)c2cc(Cl)ccc21"
+    assert keep(flurazepam) is None
+    assert keep(peptide_smiles("NVWAN")) is None
     assert keep("CCO") == "CCO"
+
+
+def test_group_is_excluded_if_one_of_its_molecules_is():
+    lists = [CONFIGS / "spice_test.inchikeys"]
+    excluded = read_excluded(lists)
+    flurazepam = "CCN(CC)CCN1C(=O)CN=C(c2ccccc2F)c2cc(Cl)ccc21"
+    for group, expected in (
+        (f"O.{flurazepam}", True),
+        ("O.CCO", False),
+        ("peptide NVWAN ace-nme", True),
+        ("peptide NVWAN zwitterion", False),
+        ("water #104177", False),
+    ):
+        assert holds_excluded(smiles_of_group(group), excluded) == expected, group
 
 
 def test_line_that_is_no_molecule_to_exclude_is_named(tmp_path):

@@ -1,6 +1,6 @@
 """`mlffd data merge` and `mlffd data split`: dataset files from dataset files, streamed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,9 @@ class Merged(NamedTuple):
     duplicates: int
     """Left out, since they had come before."""
 
+    excluded: int = 0
+    """Left out, since a molecule of theirs was not wanted."""
+
 
 def rule_of(dataset: Dataset) -> SplitRule:
     """How the groups of a file are split."""
@@ -43,7 +46,11 @@ def choose_rule(val: float | None, test: float | None, seed: int | None) -> Spli
 
 
 def merge(
-    paths: Sequence[str | Path], output: str | Path, *, split: SplitRule | None = None
+    paths: Sequence[str | Path],
+    output: str | Path,
+    *,
+    split: SplitRule | None = None,
+    wanted: Callable[[str], bool] = lambda group: True,
 ) -> Merged:
     """Write the structures of several files as one; what comes twice is taken once.
 
@@ -55,6 +62,8 @@ def merge(
         File to write.
     split
         How groups are split; None for the rule of the files.
+    wanted
+        Whether a group, such as a SMILES, is to be in the file.
 
     Raises
     ------
@@ -80,7 +89,7 @@ def merge(
     if split is None and len(rules) > 1:
         raise DatasetError("the files are split in different ways; say how with val, test and seed")
     split = split or rules.pop()
-    written, duplicates = 0, 0
+    written, duplicates, excluded = 0, 0, 0
     seen: set[bytes] = set()
     with DatasetWriter(
         output,
@@ -92,20 +101,23 @@ def merge(
         for path in paths:
             with Dataset(path, unlabelled=True) as dataset:
                 groups = dataset.group_names()
+                good = np.array([wanted(group) for group in groups], bool)
                 names = np.array([subsets.index(s) for s in dataset.subsets], "u1")
                 for _, block in blocks_of(dataset):
-                    keep = []
+                    chosen = np.flatnonzero(good[block.group])
+                    excluded += len(block.energy) - len(chosen)
+                    block, keep = take(block, chosen), []
                     for i, key in enumerate(fingerprints(block)):
                         if key not in seen:
                             seen.add(key)
                             keep.append(i)
-                    duplicates += len(block.energy) - len(keep)
+                    duplicates += len(chosen) - len(keep)
                     written += len(keep)
                     if not keep:
                         continue
                     block = take(block._replace(subset=names[block.subset]), np.array(keep, int))
                     writer.append(block, [groups[g] for g in block.group])
-    return Merged(written, duplicates)
+    return Merged(written, duplicates, excluded)
 
 
 def split_file(

@@ -121,6 +121,16 @@ def read_excluded(paths: Iterable[Path]) -> frozenset[str]:
     return frozenset(found)
 
 
+def holds_excluded(smiles: str, excluded: frozenset[str]) -> bool:
+    """Whether one of the molecules of a SMILES is excluded; text that is no SMILES holds none."""
+    with BlockLogs():
+        molecule = Chem.MolFromSmiles(smiles)
+        if molecule is None:
+            return False
+        parts = Chem.GetMolFrags(molecule, asMols=True)
+        return any(Chem.MolToInchiKey(part)[:_BLOCK] in excluded for part in parts)
+
+
 def find_files(source: SourceConfig, folder: Path) -> list[Path]:
     """Files of a source.
 

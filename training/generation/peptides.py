@@ -83,6 +83,14 @@ def peptide_smiles(
     return start + "".join(residues) + end
 
 
+def smiles_of_group(group: str) -> str:
+    """SMILES of a group of structures: that of "peptide SEQUENCE ENDS", else the group itself."""
+    match group.split():
+        case ["peptide", sequence, caps] if set(sequence) <= set(RESIDUES) and caps in _ENDS:
+            return peptide_smiles(sequence, caps)
+    return group
+
+
 def draw_peptides(config: PeptideConfig, rng: np.random.Generator) -> Iterator[Molecule]:
     """Peptides of a configuration; the group of a peptide is its sequence and its ends."""
     letters = sorted(RESIDUES)
