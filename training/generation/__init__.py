@@ -1,1 +1,1 @@
-"""Structures to be labelled: from molecules to configurations (docs/generating.md)."""
+"""Structures to be labelled: from molecules to configurations (docs/data.md)."""
