@@ -60,8 +60,8 @@ DEFECTS = (
     Defect(
         "force group ignored",
         "openmm_mlffd/interfaces/openmm_potential.py",
-        "        force.setForceGroup(forceGroup)\n",
-        "",
+        "        force.setForceGroup(forceGroup)\n        system.addForce(force)\n",
+        "        system.addForce(force)\n",
         "tests/interfaces/test_openmm_potential.py tests/interfaces/test_openmm_mixed.py",
     ),
     Defect(

@@ -306,10 +306,10 @@ def test_the_students_have_no_long_range_and_do_not_let_anyone_say_so(model, mm_
         potential.createMixedSystem(model[0], mm_system, peptide, mlLongRange=True)
 
 
-def test_only_mechanical_embedding_is_offered(model, mm_system, potential):
-    assert potential.getSupportedEmbeddings() == ["mechanical"]
+def test_two_embeddings_are_offered_and_no_other_is_taken(model, mm_system, potential):
+    assert sorted(potential.getSupportedEmbeddings()) == ["electrostatic", "mechanical"]
     with pytest.raises(KeyError):
-        potential.createMixedSystem(model[0], mm_system, [0], embedding="electrostatic")
+        potential.createMixedSystem(model[0], mm_system, [0], embedding="polarizable")
 
 
 def test_the_system_that_was_given_is_left_alone(model, mm_system, potential):

@@ -6,6 +6,7 @@ python -m openmm_mlffd.validation.suite.standing PIECES [--json FILE]
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -200,7 +201,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = standing(options.pieces)
-    print("\n".join(format_standing(found)))
+    sys.stdout.write("\n".join([*format_standing(found), ""]))
     if options.json is not None:
         write_json(options.json, found)
 

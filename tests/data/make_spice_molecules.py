@@ -1,6 +1,6 @@
 """Write training/configs/spice_test.inchikeys: molecules of the SPICE test set.
 
-    python tests/data/make_spice_test.py mace-omol-0.csv > training/configs/spice_test.inchikeys
+    python tests/data/make_spice_molecules.py mace-omol-0.csv > spice_test.inchikeys
 
 The table is one of those in the folder `spice` of github.com/peastman/mlipbenchmarks, which names
 each molecule and its number of atoms. Ligands are named by their codes in the wwPDB's Chemical
@@ -20,7 +20,7 @@ from openmm_mlffd.training.generation.peptides import peptide_smiles
 
 HEADER = """\
 # Molecules of the SPICE test set (doi:10.5281/zenodo.17620280): first blocks of their InChIKeys.
-# Made by tests/data/make_spice_test.py from the names in github.com/peastman/mlipbenchmarks.
+# Made by tests/data/make_spice_molecules.py from the names in github.com/peastman/mlipbenchmarks.
 """
 
 
