@@ -55,14 +55,14 @@ _COMMON = """
 #if defined(__CUDA_ARCH__)
     constexpr int T = N_THREADS;
     const int t = (int)threadIdx.x;
-    __shared__ float X[ROOM];
+    __shared__ alignas(16) float X[ROOM];
     #define SYNC __syncthreads()
     #define UNROLL _Pragma("unroll")
     #define UNROLL_SOME _Pragma("unroll (MANY > 5 ? 4 : 8)")
 #else
     constexpr int T = 1;
     const int t = 0;
-    float X[ROOM];
+    alignas(16) float X[ROOM];
     #define SYNC
     #define UNROLL
     #define UNROLL_SOME
@@ -93,7 +93,7 @@ _COMMON = """
             UNROLL for (int m = 0; m < MANY; ++m) sums[m][0] = sums[m][1] = 0.0f;   \\
             const float* w = (matrix) + (long long)k_part * TERMS * (NO) + column;  \\
             const float* x = X + k_part * TERMS;                                    \\
-            UNROLL_SOME for (int k = 0; k < TERMS; k += 4) {                            \\
+            UNROLL_SOME for (int k = 0; k < TERMS; k += 4) {                        \\
                 Two m4[4];                                                          \\
                 UNROLL for (int q = 0; q < 4; ++q)                                  \\
                     m4[q] = *(const Two*)(w + (long long)(k + q) * (NO));           \\
@@ -223,7 +223,7 @@ _FORWARD = (
 )
 
 # from the gradient by the new scalars in `by_scalar` and by a's values in X to that by the old
-# state; GRADIENT_BY_VECTOR is what came by the vectors themselves
+# state; BY_VECTOR is what came by the vectors themselves, BY_U that by u
 _MIX_BACKWARD = """
     PRODUCT(R, N_A * C, C, outer_back)
     EACH

@@ -38,6 +38,18 @@ _WARP = 32
 _SHARED = 46 * 1024  # bytes of a block; Warp takes some of 48
 
 
+def lanes_for(n_channels: int) -> int:
+    """Lanes that share so many channels on CUDA: a power of two that divides them."""
+    lanes = 1
+    while (
+        n_channels % (2 * lanes) == 0
+        and lanes < _WARP
+        and n_channels // (2 * lanes) >= min(_CHANNELS_PER_LANE, n_channels // _WARP)
+    ):
+        lanes *= 2
+    return lanes
+
+
 class Variant(NamedTuple):
     """What a kernel is compiled for."""
 
@@ -58,15 +70,8 @@ class Variant(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Lanes that share an atom on CUDA: a power of two that divides the channels."""
-        lanes = 1
-        while (
-            self.n_channels % (2 * lanes) == 0
-            and lanes < _WARP
-            and self.n_channels // (2 * lanes) >= min(_CHANNELS_PER_LANE, self.n_channels // _WARP)
-        ):
-            lanes *= 2
-        return lanes
+        """Lanes that share an atom on CUDA."""
+        return lanes_for(self.n_channels)
 
     def split_block(self, n_parts: int) -> int:
         """Threads of a block whose groups share rows; 0 if the sums of so many have no room."""

@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import warp as wp
 
+from openmm_mlffd.kernels.message_kernels import lanes_for
 from openmm_mlffd.kernels.training_native import BODIES, COMMON
 
 CHUNK = 64
 """Edges whose derivatives by the table one group of lanes adds up."""
 
-_CHANNELS_PER_LANE = 4
-_WARP = 32
 _REAL = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -46,15 +45,8 @@ class Variant(NamedTuple):
 
     @property
     def lanes(self) -> int:
-        """Lanes that share an owner on CUDA: a power of two that divides the channels."""
-        lanes = 1
-        while (
-            self.n_channels % (2 * lanes) == 0
-            and lanes < _WARP
-            and self.n_channels // (2 * lanes) >= min(_CHANNELS_PER_LANE, self.n_channels // _WARP)
-        ):
-            lanes *= 2
-        return lanes
+        """Lanes that share an owner on CUDA."""
+        return lanes_for(self.n_channels)
 
     @property
     def alignment(self) -> int:

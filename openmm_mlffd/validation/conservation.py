@@ -17,7 +17,7 @@ DRIFT_OVER_KINETIC_STD = 0.01
 SLOPE_KT = 0.01
 """The drift of a long run must be below this [kT/ns per degree of freedom] …"""
 
-SLOPE_ERRORS = 2.0
+SLOPE_ERRORS = 1.0
 """… or above it by no more than so many of its standard errors."""
 
 SLOPE_KT_DURATION = 50.0

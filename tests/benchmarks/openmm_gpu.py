@@ -18,25 +18,24 @@ from pathlib import Path
 import numpy as np
 import openmm
 import torch
+from gpu_systems import peptide, temperature, villin, water
 from openmm import app, unit
-from openmmml import MLPotential
 
 from openmm_mlffd import Barometer, NoveltyProbe, load_student
 from openmm_mlffd.bench.systems import relaxed
 from openmm_mlffd.bench.systems import water as bench_water
 from openmm_mlffd.bench.timing import evaluation_time, make_topology
+from openmm_mlffd.bench.timing import make_potential as potential
 from openmm_mlffd.engines import open_evaluator
 from openmm_mlffd.evaluator import StudentSource
 from openmm_mlffd.graph import build_graph
 from openmm_mlffd.interfaces import openmm_torch
-from openmm_mlffd.interfaces.openmm_factory import MLFFDPotentialImplFactory
 from openmm_mlffd.interfaces.openmm_force import positions_of
 from openmm_mlffd.interfaces.openmm_prepare import repartition_hydrogen_mass
 from openmm_mlffd.interfaces.openmm_stored import student_functions
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_NM_PER_EV_ANGSTROM, KJ_PER_MOL_PER_EV
 
 ROOT = Path(__file__).parents[2]
-STRUCTURES = ROOT / "examples" / "structures"
 GRAMS_PER_CM3 = 1.66053907  # of amu/Å³
 
 
@@ -82,43 +81,6 @@ class Bench:
         )
 
 
-def potential():
-    """The bundled student, also where the package is not installed and has no entry point."""
-    try:
-        return MLPotential("mlffd")
-    except ValueError:
-        MLPotential.registerImplFactory("mlffd", MLFFDPotentialImplFactory())
-        return MLPotential("mlffd")
-
-
-def peptide():
-    pdb = app.PDBFile(str(STRUCTURES / "alanine-dipeptide.pdb"))
-    return pdb.topology, pdb.positions
-
-
-def water(n_molecules):
-    modeller = app.Modeller(app.Topology(), [] * unit.nanometer)
-    modeller.addSolvent(app.ForceField("tip3p.xml"), numAdded=n_molecules, model="tip3p")
-    return modeller.topology, modeller.positions
-
-
-def villin(edge, solvate=True):
-    """The villin headpiece with phenol in a cube of water of that edge [nm]; classical System."""
-    pdb = app.PDBFile(str(STRUCTURES / "villin-phenol.pdb"))
-    force_field = app.ForceField(
-        "amber14-all.xml", "amber14/tip3pfb.xml", str(STRUCTURES / "phenol.xml")
-    )
-    modeller = app.Modeller(pdb.topology, pdb.positions)
-    if solvate:
-        modeller.addSolvent(force_field, boxSize=openmm.Vec3(edge, edge, edge), neutralize=False)
-    else:
-        modeller.topology.setPeriodicBoxVectors(edge * np.eye(3) * unit.nanometer)
-    classical = force_field.createSystem(
-        modeller.topology, nonbondedMethod=app.PME, nonbondedCutoff=0.8 * unit.nanometer
-    )
-    return modeller.topology, modeller.positions, classical
-
-
 def state_of(context):
     """Energy [eV], forces [eV/Å], positions and box [Å]."""
     state = context.getState(positions=True, energy=True, forces=True)
@@ -136,15 +98,6 @@ def timed(context, n_steps):
     context.getIntegrator().step(n_steps)
     context.getState(energy=True)
     return 1e3 * (time.perf_counter() - began) / n_steps
-
-
-def temperature(context):
-    """[K], from the kinetic energy of what can move: rigid water has no vibrations."""
-    system = context.getSystem()
-    moving = sum(system.getParticleMass(i)._value > 0.0 for i in range(system.getNumParticles()))
-    n_dof = 3 * moving - system.getNumConstraints() - 3
-    kinetic = context.getState(energy=True).getKineticEnergy()
-    return float(2 * kinetic / (n_dof * unit.MOLAR_GAS_CONSTANT_R) / unit.kelvin)
 
 
 def machine(bench, found):
