@@ -51,8 +51,9 @@ def edge_plan(edge_index: Tensor, place: Tensor, n_atoms: int, n_intervals: int)
     present = (place >= 0) & (place < n_intervals)
     atoms = torch.arange(n_atoms + 1, dtype=torch.int32, device=device)
     intervals = torch.arange(n_intervals + 1, dtype=torch.int32, device=device)
-    receiver, sender = edge_index.to(torch.int32).unbind()
-    rows = torch.searchsorted(receiver.contiguous(), atoms, out_int32=True)
+    # converted one by one: torch 2.11's compiler cannot search in a view
+    receiver, sender = (x.to(torch.int32) for x in edge_index.unbind())
+    rows = torch.searchsorted(receiver, atoms, out_int32=True)
     # padding is at the end, in the row of the last atom, which need not be walked
     places = torch.arange(1, n_edges + 1, dtype=torch.int32, device=device)
     end = torch.cat([torch.where(present, places, 0), atoms[:1]]).amax()

@@ -48,7 +48,7 @@ class Clashes(NamedTuple):
     with the forces and added up they are the mean outward force of a structure."""
 
 
-def make_clashes(potential: Potential) -> Clashes:
+def make_clashes(potential: Potential, keep: Tensor | None = None) -> Clashes:
     """Two atoms of each pair of elements at each distance, and clusters of short bonds.
 
     The clusters are trees of random elements, half of them hydrogens at their ends, like molecules
@@ -58,6 +58,8 @@ def make_clashes(potential: Potential) -> Clashes:
     ----------
     potential
         Gives elements, repulsion, precision and device; its network is not evaluated.
+    keep
+        Which of the structures to make, by a mask of all of them; None for all.
     """
     radii = np.array([COVALENT_RADII[z] for z in potential.numbers])
     found = []
@@ -68,6 +70,8 @@ def make_clashes(potential: Potential) -> Clashes:
     rng = np.random.default_rng(0)
     hydrogen = np.array(potential.numbers) == 1
     found += [_cluster(radii, hydrogen, rng) for _ in range(N_CLUSTERS)]
+    if keep is not None:
+        found = list(itertools.compress(found, keep.tolist()))
     return _as_batch(potential, [s for s, _ in found], [x for _, x in found])
 
 

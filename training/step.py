@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from openmm_mlffd.potential import Potential
-from openmm_mlffd.training.clash import lack_of_push, make_clashes
+from openmm_mlffd.training.clash import Clashes, lack_of_push, make_clashes
 from openmm_mlffd.training.config import TrainConfig
 from openmm_mlffd.training.flat import FlatWeights
 from openmm_mlffd.training.loss import TERMS, NetworkPrediction, loss_terms
@@ -20,6 +20,7 @@ from openmm_mlffd.training.targets import BatchTotals, TrainingBatch, scatter_gr
 
 log = logging.getLogger(__name__)
 
+_LARGEST_CLASH = 1e30  # eV; gradients of what is larger overflow in single precision
 _COMPILED = 2e-2  # largest relative deviation of a compiled gradient; TF32 alone makes 1e-3
 
 
@@ -75,6 +76,20 @@ def _derivative(value: Tensor, vectors: Tensor) -> Tensor:
     return torch.zeros_like(vectors) if gradient is None else gradient
 
 
+def clashes_in_range(potential: Potential) -> Tensor:
+    """Mask of the clashing structures at which the network's numbers stay in their range."""
+    clashes = make_clashes(potential)
+    energy = predict(potential.network, clashes.batch, potential.energy_scale).energy.detach()
+    fine = energy.abs() < _LARGEST_CLASH
+    if not bool(fine.all()):
+        log.warning(
+            "loss.clash: %d of %d structures are left out, where energies exceed %.0e eV; "
+            "after this run a second one may have them all",
+            int((~fine).sum()), len(fine), _LARGEST_CLASH,
+        )  # fmt: skip
+    return fine
+
+
 class _Loss(nn.Module):
     """The terms of the loss, as a module, so that its weights can be arguments of a function."""
 
@@ -83,7 +98,7 @@ class _Loss(nn.Module):
         self.network = network
         self._scale = potential.energy_scale
         self._config = config
-        self._clashes = make_clashes(potential) if config.loss.clash else None
+        self.clashes = make_clashes(potential) if config.loss.clash else None
 
     def forward(self, batch: TrainingBatch, totals: Tensor, factors: Tensor) -> Tensor:
         """Weighted terms in the order of `TERMS`, shape (len(TERMS),)."""
@@ -93,16 +108,16 @@ class _Loss(nn.Module):
         ):
             found = predict(self.network, batch, self._scale, hessian=config.loss.hessian > 0)
             close = None
-            if self._clashes is not None:
-                close = predict(self.network, self._clashes.batch, self._scale)
+            if self.clashes is not None:
+                close = predict(self.network, self.clashes.batch, self._scale)
         named = dict(zip(TERMS, factors.unbind(), strict=True))
         sums = BatchTotals(*totals.unbind())
         terms = loss_terms(found, batch, config.loss, totals=sums, factors=named)
         if (
-            close is not None and self._clashes is not None
+            close is not None and self.clashes is not None
         ):  # of several processes, each counts for its part of the atoms
             part = config.loss.clash * named["clash"] * batch.real.sum() / sums.atoms
-            terms["clash"] = part * lack_of_push(close.forces, self._clashes)
+            terms["clash"] = part * lack_of_push(close.forces, self.clashes)
         zero = torch.zeros_like(found.energy[0])
         return torch.stack([terms.get(name, zero).to(zero.dtype) for name in TERMS])
 
@@ -126,6 +141,15 @@ class LossGradient:
         self.is_fused = network is not None
         self._loss = _Loss(potential, config, network or potential.network)
         self._names = [name for name, _ in self._loss.named_parameters()]
+
+    @property
+    def clashes(self) -> Clashes | None:
+        """What the term "clash" is taken over; None without it."""
+        return self._loss.clashes
+
+    @clashes.setter
+    def clashes(self, clashes: Clashes | None) -> None:
+        self._loss.clashes = clashes
 
     def __call__(
         self, weights: Sequence[Tensor], batch: Sequence[Tensor], totals: Tensor, factors: Tensor
@@ -209,6 +233,7 @@ class TrainingStep:
         self._average = FlatWeights(average.network)
         self.loss_gradient = LossGradient(potential, config)
         self._plain = self.loss_gradient
+        self.clashes_kept: Tensor | None = None
         self._gradient: Callable[..., tuple[Tensor, list[Tensor]]] = self.loss_gradient
         self._potential = potential
         self._unfused = wants_fused(config, self._flat.weights.device)
@@ -228,6 +253,18 @@ class TrainingStep:
         self._controls = torch.zeros(4 + len(TERMS), device=device)
         self.bad_steps = torch.zeros((), device=device)
         self.last_bad = torch.zeros(2, device=device)
+
+    def limit_clashes(self, kept: Tensor | None = None) -> None:
+        """Leave out clashing structures at which the weights, as they are now, overflow.
+
+        Parameters
+        ----------
+        kept
+            Mask of those to keep, if it is known from an earlier part of the run.
+        """
+        if self._config.loss.clash:
+            self.clashes_kept = clashes_in_range(self._potential) if kept is None else kept
+            self._plain.clashes = make_clashes(self._potential, self.clashes_kept)
 
     @property
     def losses(self) -> Tensor:
@@ -337,6 +374,7 @@ class TrainingStep:
         arguments = (self._flat.parameters, list(batch), totals, factors)
         try:
             fused = fused_gradient(self._potential, self._config)
+            fused.clashes = self._plain.clashes
             deviation = _deviation(fused(*arguments), self._plain(*arguments))
             if not deviation < _COMPILED:
                 raise RuntimeError(f"the fused gradient differs by a part of {deviation:.1e}")

@@ -121,6 +121,8 @@ class Trainer:
         else:
             references = fixed.fit_references(self.source, self.potential, self.device)
             self._set(references=self.processes.of_first(references))
+        if not resumed:
+            self.training_step.limit_clashes()
         if config.model.crowding and not resumed:
             whole = self._source("train", None)
             limits = fixed.measure_coordination(whole, self.potential, self.device)
@@ -409,6 +411,7 @@ class Trainer:
             "optimizer": step.optimizer.state_dict(),
             "progress": asdict(self.progress),
             "initial": self._initial,
+            "clashes": step.clashes_kept,
             "muon": None if step.muon is None else step.muon.state(),
         }
         write_checkpoint(self.folder / CHECKPOINT, state)
@@ -425,6 +428,7 @@ class Trainer:
         names = ("references", "coordination_limits")
         self._set(**{name: state[name] for name in names if name in state})
         self._initial = state.get("initial")
+        self.training_step.limit_clashes(state.get("clashes"))
         log.info("resumed from %s at step %d", path, self.progress.step)
 
     def _start_from(self, path: str) -> None:

@@ -19,7 +19,8 @@
 #   forces         errors on labelled structures           needs DATA=file.h5 or .mlffdpack, and h5py
 #   report         report.html from what is there          needs Matplotlib, MDTraj, Jinja2 (REPORT_SECTIONS)
 # STUDENT is a bundled name or a file. RETRY=1 begins parts anew that ended with an error. TAKE='NVE*' packs only
-# the pieces of these names, TAKE= none. With several GPUs the parts are dealt out to them.
+# the pieces of these names, TAKE= none. With several GPUs the parts are dealt out to them,
+# unless GPUS=1.
 set -uo pipefail
 work=${W:-/root/w/validate}
 student=${STUDENT:-default}
@@ -28,7 +29,7 @@ python=${PYTHON:-python3}
 small=${SMALL:-}
 parts=${PARTS:-nve law water peptide-water peptide molecules boxes robustness}
 mkdir -p "$work/pieces" "$work/run"
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+gpus=${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)}
 count=0
 
 running() { # PART: whether its process lives

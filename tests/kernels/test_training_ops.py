@@ -43,12 +43,12 @@ def weights_like(tensors, seed=1):
     return [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for t in tensors]
 
 
-def derivatives(function, *inputs):
+def derivatives(function, *inputs, weigh=weights_like):
     """Value, first derivatives, and second ones of their sum with random weights."""
     leaves = [t.detach().requires_grad_() for t in inputs]
     value = function(*leaves)
-    first = torch.autograd.grad(value, leaves, *weights_like([value]), create_graph=True)
-    total = sum((f * w.to(f)).sum() for f, w in zip(first, weights_like(first, 2), strict=True))
+    first = torch.autograd.grad(value, leaves, *weigh([value]), create_graph=True)
+    total = sum((f * w.to(f)).sum() for f, w in zip(first, weigh(first, 2), strict=True))
     second = torch.autograd.grad(total, leaves)
     return [value, *first, *second]
 
@@ -273,11 +273,19 @@ def test_derivatives_on_a_gpu_in_a_graph_are_those_of_the_reference(real, n_chan
         n_channels=n_channels, real=real, degree=5, n_edges=1000, n_atoms=50
     )
     here = [t.cuda() for t in (features, table, geometry, edge_index)]
+    weights = {}
+
+    def weigh(tensors, seed=1):  # nothing may come from the host while a graph is recorded
+        if seed not in weights:
+            weights[seed] = weights_like(tensors, seed)
+        return weights[seed]
 
     def work():
         plan = edge_plan(here[3], here[2][:, 3], 50, N_INTERVALS)
         return derivatives(
-            lambda x, t, g: torch.ops.mlffd.edge_message(x, t, g, plan, degree), *here[:3]
+            lambda x, t, g: torch.ops.mlffd.edge_message(x, t, g, plan, degree),
+            *here[:3],
+            weigh=weigh,
         )
 
     stream = torch.cuda.Stream()

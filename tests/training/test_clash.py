@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -14,8 +16,8 @@ from openmm_mlffd.training.clash import (
     lack_of_push,
     make_clashes,
 )
-from openmm_mlffd.training.config import LossConfig
-from openmm_mlffd.training.step import predict
+from openmm_mlffd.training.config import LossConfig, TrainConfig
+from openmm_mlffd.training.step import TrainingStep, predict
 from openmm_mlffd.training.train import Trainer
 
 
@@ -110,3 +112,36 @@ def test_training_fills_the_wells_of_a_student(morse_config, tmp_path):
     second = Trainer(config)
     second.run()
     assert lack(second.average) < before / 3
+
+
+def test_clashes_beyond_the_range_of_numbers_are_left_out(student, caplog):
+    everything = make_clashes(student)
+    with torch.no_grad():  # energies that grow with the number of close neighbors
+        for interaction in student.network.interactions:
+            interaction.filter.weight.mul_(1e3)
+    energy = predict(student.network, everything.batch, student.energy_scale).energy
+    beyond = int((~(energy.abs() < 1e30)).sum())
+    assert 0 < beyond < len(energy)
+    step = TrainingStep(
+        student, copy.deepcopy(student), TrainConfig(data=None, loss=LossConfig(clash=1.0))
+    )
+    step.limit_clashes()
+    kept = step.loss_gradient.clashes
+    assert len(kept.batch.energy) == int(step.clashes_kept.sum()) == len(energy) - beyond
+    assert f"{beyond} of {len(energy)} structures are left out" in caplog.text
+    assert lack_of_push(
+        predict(student.network, kept.batch, student.energy_scale).forces, kept
+    ).isfinite()
+
+
+def test_a_resumed_run_leaves_out_what_it_left_out_before(morse_config, tmp_path, monkeypatch):
+    config = morse_config(output=str(tmp_path / "run"), loss=LossConfig(clash=1.0))
+    kept = torch.arange(6 * N_DISTANCES + N_CLUSTERS) % 2 == 0
+    monkeypatch.setattr("openmm_mlffd.training.step.clashes_in_range", lambda _: kept)
+    first = Trainer(config)
+    first.save_checkpoint()
+    monkeypatch.undo()
+    second = Trainer(config)
+    assert second.progress == first.progress
+    assert torch.equal(second.training_step.clashes_kept, kept)
+    assert len(second.training_step.loss_gradient.clashes.batch.energy) == int(kept.sum())
