@@ -18,7 +18,7 @@ DISTANCES = (0.3, 0.72)
 """Range of the distances of pairs, in units of the sum of the covalent radii: no bond is that
 short."""
 
-N_DISTANCES = 22
+N_DISTANCES = 64
 """Distances of each pair of elements in that range."""
 
 N_CLUSTERS = 96

@@ -35,8 +35,8 @@ FORMAT = "mlffd-compiled"
 VERSION = 1
 
 # of a module to plain torch in float64: energy of an atom [eV], force [eV/Å], or share of the
-# largest force where that is larger
-_TOLERANCES = {"double": (1e-8, 1e-8), "single": (2e-5, 5e-5), "mixed": (5e-3, 1e-2)}
+# largest force where that is larger; random structures are denser than any data, which TF32 feels
+_TOLERANCES = {"double": (1e-8, 1e-8), "single": (2e-5, 5e-5), "mixed": (5e-3, 3e-2)}
 _METADATA = "mlffd.json"
 _AT_A_TIME = 4_000_000  # distances in memory at once
 _REMEMBERED = 4096  # as `engine`: beyond it, less memory is worth more than time

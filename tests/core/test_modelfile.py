@@ -314,7 +314,7 @@ def test_bundled_students_load_and_are_found_by_name():
         potential = load_student(name)
         assert potential.header == read_header(path)
         assert potential.header.name == name
-        assert Path(path).stat().st_size < 5e6
+        assert Path(path).stat().st_size < 1e7
 
 
 def test_loading_leaves_the_random_numbers_alone(student_file):
