@@ -155,11 +155,9 @@ def alarm(bench, found):
             novelty = probe.measure(context.getState(positions=True))
         sample = 1e3 * (time.perf_counter() - began) / 10
         found[name] = {
-            "step_ms": step,
-            "sample_ms": sample,
-            "share_of_100_steps": sample / (100 * step),
+            "step_ms": step, "sample_ms": sample, "share_of_100_steps": sample / (100 * step),
             "largest_novelty": float(novelty.max()),
-        }
+        }  # fmt: skip
 
 
 def gpu_tests(bench, found):
