@@ -256,6 +256,9 @@ def label(
     add_hydrogens: Annotated[
         bool, typer.Option("--add-hydrogens", help="Add the implicit hydrogens of an SDF.")
     ] = False,
+    first: Annotated[
+        int | None, typer.Option(help="Label only so many structures, the first ones of the file.")
+    ] = None,
     workers: Annotated[int, typer.Option(help="Processes of the teacher.")] = 1,
     cluster: Annotated[
         str | None, typer.Option(help="Dask: local:4, ssh:HOST,HOST, slurm:20, tcp://HOST:8786.")
@@ -269,7 +272,7 @@ def label(
     from openmm_mlffd.training.label import Limits, TeacherChoice, format_summary
     from openmm_mlffd.training.label import label as run
     from openmm_mlffd.training.parallel import choose_workers
-    from openmm_mlffd.training.sources import open_source
+    from openmm_mlffd.training.sources import FirstOf, open_source
     from openmm_mlffd.training.teachers import parse_options
     from openmm_mlffd.training.usage import Watch
 
@@ -282,8 +285,9 @@ def label(
         batch_atoms=batch_atoms,
     )
     watch = Watch()
+    source = open_source(structures, charge=charge, add_hydrogens=add_hydrogens)
     summary = run(
-        open_source(structures, charge=charge, add_hydrogens=add_hydrogens),
+        source if first is None else FirstOf(source, first),
         output,
         choice,
         limits=Limits(max_force=max_force, max_net_force=max_net_force),
@@ -291,6 +295,6 @@ def label(
         workers=choose_workers(workers, cluster, cluster_option or []),
     )
     typer.echo(format_summary(summary))
-    typer.echo(watch.report(summary.new))
+    typer.echo(watch.report(summary.new, summary.starting))
     if summary.dataset is None:
         raise typer.Exit(1)

@@ -76,7 +76,8 @@ def pareto(
     folders: Annotated[list[Path], typer.Argument(help="Folders of `mlffd sweep`.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write, .svg.")],
     against: Annotated[
-        str, typer.Option(help="speed, structures or minutes: what errors are drawn against.")
+        str,
+        typer.Option(help="speed, structures, minutes or steps: what errors are drawn against."),
     ] = "speed",
     atoms: Annotated[int, typer.Option(help="Size whose time per step is taken.")] = 1000,
     split: Annotated[str, typer.Option(help="Of the errors: val or test.")] = "test",

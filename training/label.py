@@ -6,6 +6,7 @@ a manifest that counts them (`shards`).
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -88,6 +89,9 @@ class Summary(NamedTuple):
 
     new: int = 0
     """How many were given to the teacher in this run; the others were done before."""
+
+    starting: float = 0.0
+    """Until the teacher was ready [s]; 0 on a cluster."""
 
 
 class TeacherPool:
@@ -207,13 +211,13 @@ def label(
             for i, start in enumerate(range(0, len(source), shard_size))
         }
         todo = {name: part for name, part in names.items() if not manifest.is_done(name)}
-        new = sum(stop - start for start, stop in todo.values())
+        new, starting = sum(stop - start for start, stop in todo.values()), 0.0
         if todo:
             work = _Work(source, manifest, choice, limits, workers or Workers())
-            work.label(todo, progress=progress)
+            starting = work.label(todo, progress=progress)
         dataset = merge_shards(manifest, _common(source, manifest))
     failures = manifest.failures()
-    return Summary(dataset, len(source) - len(failures), failures, new)
+    return Summary(dataset, len(source) - len(failures), failures, new, starting)
 
 
 def _common(source: Source, manifest: Manifest) -> Writing:
@@ -229,7 +233,9 @@ class _Work(NamedTuple):
     limits: Limits
     workers: Workers
 
-    def label(self, todo: dict[str, tuple[int, int]], *, progress: bool) -> None:
+    def label(self, todo: dict[str, tuple[int, int]], *, progress: bool) -> float:
+        """Label them; gives the time that the teacher took to start [s]."""
+        began, starting = time.perf_counter(), 0.0
         n, missing = len(self.source), sum(stop - start for start, stop in todo.values())
         parts = (
             Part(name, start, *self.source.read(start, stop))
@@ -246,6 +252,7 @@ class _Work(NamedTuple):
                 else:
                     with pool.borrow() as teacher:  # before any work, since it may be another one
                         self.manifest.describe(teacher.describe())
+                    starting = time.perf_counter() - began
                     function = partial(label_part, choice=self.choice, pool=pool, done=bar.update)
                 outcomes = run_all(function, parts, self.workers, threads=True, stop=pool.close)
                 with closing(outcomes):
@@ -262,6 +269,7 @@ class _Work(NamedTuple):
                         bar.set_postfix(failed=len(self.manifest.failures()))
             finally:
                 pool.close()
+        return starting
 
     def _keep(self, part: Part, labels: Labels, description: str) -> None:
         self.manifest.describe(description)

@@ -22,6 +22,7 @@ AXES = {
     "speed": "time per step [ms]",
     "structures": "training structures",
     "minutes": "training time [minutes]",
+    "steps": "training steps",
 }
 """What errors are drawn against."""
 
@@ -97,6 +98,7 @@ def dots_of(
             "speed": step_time(point, atoms),
             "structures": point["train_structures"],
             "minutes": point["minutes"],
+            "steps": point["steps"],
         }[against]
         if table is None or x is None:
             continue

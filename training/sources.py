@@ -140,6 +140,37 @@ class DatasetSource:
         return without_labels(structures), [self._groups[g] for g in structures.group]
 
 
+class FirstOf:
+    """The first structures of a source.
+
+    Parameters
+    ----------
+    source
+        All of them.
+    count
+        How many to take; all if there are not so many.
+
+    Raises
+    ------
+    SourceError
+        If `count` is not positive.
+    """
+
+    def __init__(self, source: Source, count: int) -> None:
+        if count < 1:
+            raise SourceError(f"{source.name}: of its structures at least 1 is taken, not {count}")
+        self._source, self._count = source, min(count, len(source))
+        self.name, self.identity = source.name, source.identity | {"first": self._count}
+        self.subsets, self.split, self.origin = source.subsets, source.split, source.origin
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, start: int, stop: int) -> tuple[Structures, list[str]]:
+        """Structures start … stop - 1, and the names of their groups."""
+        return self._source.read(start, min(stop, self._count))
+
+
 class MemorySource:
     """Structures that are held in memory."""
 

@@ -1,4 +1,4 @@
-"""`mlffd sweep`: many students by one file, each in the same time, to compare speed and error."""
+"""`mlffd sweep`: students by one file, in the same time or steps, to compare speed and error."""
 
 import json
 import logging
@@ -14,7 +14,8 @@ from typing import Any
 from openmm_mlffd.modelfile import load_student
 from openmm_mlffd.storage import replacing
 from openmm_mlffd.training.config import ConfigError, load_as, load_config
-from openmm_mlffd.training.shards import Kind, locked
+from openmm_mlffd.training.schedule import check_config
+from openmm_mlffd.training.shards import FolderError, Kind, locked
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ Echo = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """Students that are trained one after the other."""
+    """Students that are trained one after the other; several processes may share the work."""
 
     base: str
     """YAML file of the training, beside this file or from the current folder."""
@@ -37,16 +38,23 @@ class SweepConfig:
     """Folder with one folder for each point."""
 
     minutes: float = 4.0
-    """Time of each point, evaluation included; a point may have another."""
+    """Time of each point, evaluation included; a point may have another. Where steps are given, it
+    is only what ``--max-minutes`` counts with."""
+
+    steps: int | None = None
+    """Steps of each point, so that all see as much data, however fast they are and whatever else
+    the machine does; a point may have others. None: as many as the minutes allow."""
 
     reserve: float = 45.0
     """Part of it that is kept for starting and for the evaluation [s]."""
 
     sizes: list[int] = field(default_factory=lambda: [50, 1000, 5000])
-    """Numbers of atoms whose time per step is measured with `mlffd bench`; none for none."""
+    """Numbers of atoms whose time per step is measured with `mlffd bench`; none for none. Points
+    that were trained without are timed by a later run with."""
 
     points: dict[str, dict[str, Any]]
-    """Name to settings of the training, such as model.n_channels; ``minutes`` is the time."""
+    """Name to settings of the training, such as model.n_channels; ``minutes`` and ``steps`` are
+    those of the sweep."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,12 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> tuple[SweepCo
         raise ConfigError(f"{path}: points: there are none")
     points = []
     for name, settings in config.points.items():
-        rest = {k: v for k, v in settings.items() if k != "minutes"}
+        rest = {k: v for k, v in settings.items() if k not in ("minutes", "steps")}
         minutes = float(settings.get("minutes", config.minutes))
+        if (steps := settings.get("steps", config.steps)) is not None:
+            rest["fit_steps"] = steps
         given = [f"{key}={json.dumps(value)}" for key, value in rest.items()]
-        load_config(base_of(config, path), given)
+        check_config(load_config(base_of(config, path), given))
         points.append(Point(name, minutes, given))
     return config, points
 
@@ -119,18 +129,38 @@ def run_sweep(
         if only and not any(text in point.name for text in only):
             continue
         folder = Path(config.output) / point.name
-        if (folder / POINT).exists():
-            echo(f"{point.name}: done before")
-            continue
         spent = (time.monotonic() - began) / 60
-        if max_minutes is not None and spent + point.minutes > max_minutes:
-            echo(f"{point.name}: no time left; the same command goes on")
+        try:
+            with locked(folder, KIND):
+                if (folder / POINT).exists():
+                    _time_later(config, point, folder, echo)
+                elif max_minutes is not None and spent + point.minutes > max_minutes:
+                    echo(f"{point.name}: no time left; the same command goes on")
+                    finished = False
+                else:
+                    echo(f"{point.name}: {_length(point)} with {' '.join(point.overrides)}")
+                    finished &= _run(config, base_of(config, path), point, folder, echo)
+        except FolderError:
+            echo(f"{point.name}: another process is at it")
             finished = False
-            continue
-        with locked(folder, KIND):
-            echo(f"{point.name}: {point.minutes:g} minutes with {' '.join(point.overrides)}")
-            finished &= _run(config, base_of(config, path), point, folder, echo)
     return finished
+
+
+def _length(point: Point) -> str:
+    steps = [o.partition("=")[2] for o in point.overrides if o.startswith("fit_steps=")]
+    return f"{steps[0]} steps" if steps else f"{point.minutes:g} minutes"
+
+
+def _time_later(config: SweepConfig, point: Point, folder: Path, echo: Echo) -> None:
+    """Measure the time per step of a student that was trained without."""
+    content = _read(folder / POINT)
+    if content["speed"] is not None or not config.sizes:
+        echo(f"{point.name}: done before")
+        return
+    bench = _bench(folder / "student.safetensors", folder, config.sizes, echo)
+    if bench is not None:
+        _write(folder, content | {"speed": _speed(bench)})
+        echo(f"{point.name}: timed")
 
 
 def _run(config: SweepConfig, base: Path, point: Point, folder: Path, echo: Echo) -> bool:
@@ -190,8 +220,16 @@ def _write_point(
         "train_structures": header.dataset.get("train_structures"),
         "student": header.sha256,
         "errors": tables,
-        "speed": None if bench is None else {"host": bench["host"], "rows": bench["speed"]},
+        "speed": None if bench is None else _speed(bench),
     }
+    _write(folder, content)
+
+
+def _speed(bench: Any) -> dict[str, Any]:
+    return {"host": bench["host"], "rows": bench["speed"]}
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
     with replacing(folder / POINT) as file:
         file.write((json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 

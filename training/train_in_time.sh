@@ -6,6 +6,7 @@
 # The run's folder is OUT. DATA is the dataset (default data/so3lr.h5); if it is not there, it is
 # unpacked from PACK (see training/pack.py). SITE is a folder of further Python packages. If the
 # compiled step fails hard, the rest of the time goes to one without compiler, then without graph.
+# With fit_steps=N among the settings it takes so many steps instead, and the time they need.
 set -uo pipefail
 config=$1 minutes=$2 out=$3
 shift 3
@@ -32,11 +33,13 @@ if command -v nvidia-smi >/dev/null; then
 fi
 status=1
 for how in "" "compile=off" "compile=off cuda_graph=false"; do
-  echo "training for $(left) minutes${how:+ with $how}, after $SECONDS s"
+  limit="fit_minutes=$(left)"
+  [[ " $* " == *" fit_steps="* ]] && limit=
+  echo "training${limit:+ for ${limit#*=} minutes}${how:+ with $how}, after $SECONDS s"
   rm -f "$out/checkpoint.pt"
   # shellcheck disable=SC2086
   "$PYTHON" -m openmm_mlffd.cli train "$config" "data.files=[$DATA]" "output=$out" \
-    "fit_minutes=$(left)" $how "$@" 2>>"$out/train.err"
+    $limit $how "$@" 2>>"$out/train.err"
   status=$?
   [ $status = 0 ] && break
   echo "failed with status $status:"

@@ -10,16 +10,22 @@ class Watch:
     def __init__(self) -> None:
         self._start = time.perf_counter()
 
-    def report(self, structures: int) -> str:
+    def report(self, structures: int, starting: float = 0.0) -> str:
         """Rate and largest memory of this process and of the largest that it started.
 
         Parameters
         ----------
         structures
             How many were made since.
+        starting
+            Part of the time in which none could be made [s]; the rate is also given without it.
         """
         seconds = time.perf_counter() - self._start
-        text = f"{structures} structures in {seconds:.1f} s ({structures / seconds:.1f} per second)"
+        text = f"{structures} structures in {seconds:.1f} s ({structures / seconds:.1f} per second"
+        if 0.0 < starting < seconds:
+            rate = structures / (seconds - starting)
+            text += f"; {rate:.1f} after the {starting:.1f} s of starting"
+        text += ")"
         try:
             import resource
         except ImportError:  # not on Windows

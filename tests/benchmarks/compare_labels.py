@@ -20,11 +20,12 @@ def main():
     parser.add_argument("dataset", type=Path)
     parser.add_argument("labels", type=Path)
     options = parser.parse_args()
-    shards = json.loads((options.labels / "manifest.json").read_text())["shards"].values()
+    manifest = json.loads((options.labels / "manifest.json").read_text())
+    shards, count = manifest["shards"].values(), manifest["identity"]["structures"]
     failed = {int(i): why for shard in shards for i, why in shard["failures"]}
     with Dataset(options.dataset) as dataset, Dataset(options.labels / "dataset.h5") as found:
-        kept = np.setdiff1d(np.arange(len(dataset)), list(failed))
-        before, after = take(dataset.read(0, len(dataset)), kept), found.read(0, len(found))
+        kept = np.setdiff1d(np.arange(count), list(failed))
+        before, after = take(dataset.read(0, count), kept), found.read(0, len(found))
         teacher = found.teacher
     if not np.array_equal(before.positions, after.positions):
         raise SystemExit(f"{options.labels} has labels of other structures")
@@ -38,7 +39,7 @@ def main():
     ):
         size = np.abs(values)
         print(f"{name:8s} mean {size.mean():.4f}, largest {size.max():.4f} {unit}")
-    print(f"{len(failed)} of {len(dataset)} failed")
+    print(f"{len(failed)} of {count} failed")
     for index, why in list(failed.items())[:5]:
         print(f"  {index}: {why}")
 

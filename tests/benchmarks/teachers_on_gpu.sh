@@ -3,8 +3,10 @@
 # beside the student, and dynamics with SO3LR. From the project's root:
 #   DATA=so3lr4000.h5 bash tests/benchmarks/teachers_on_gpu.sh
 #   PARTS="label orb md" BATCHES="12000 24000" DTYPES=float64 bash tests/benchmarks/teachers_on_gpu.sh
+#   PARTS=label FIRST=40000 DTYPES=float32 LABEL_SECONDS=200 bash tests/benchmarks/teachers_on_gpu.sh
 #   SMALL=1 bash tests/benchmarks/teachers_on_gpu.sh       tiny, on the CPU: whether the parts run at all
-# DATA is a dataset file with labels by the teacher `so3lr`, which the new ones are compared with. Teachers
+# DATA is a dataset file with labels by the teacher `so3lr`, which the new ones are compared with; FIRST
+# structures of it are labelled, all if it is not given, by each of the numbers of WORKERS. Teachers
 # are those of `mlffd teacher install`, in $MLFFD_TEACHERS. Logs and JSON come in ${OUT:-teachers}.
 set -uo pipefail
 out=${OUT:-teachers}
@@ -39,7 +41,8 @@ label() { # DTYPE BATCH WORKERS
         nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 200 > "$out/memory.txt" &
         watch=$!
     fi
-    part "$name" 90 "$python" -m openmm_mlffd.cli label "$data" -o "$out/$name" --teacher so3lr \
+    part "$name" "${LABEL_SECONDS:-90}" "$python" -m openmm_mlffd.cli label "$data" -o "$out/$name" \
+        --teacher so3lr ${FIRST:+--first "$FIRST"} \
         --teacher-option dtype="$1" --teacher-option device="$device" --batch-atoms "$2" --workers "$3"
     if [ -n "$watch" ]; then
         kill "$watch"
@@ -53,10 +56,9 @@ nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null || 
 if [[ $parts == *" label "* ]]; then
     for dtype in ${DTYPES:-float32 float64}; do
         for batch in $batches; do
-            label "$dtype" "$batch" 1
+            for workers in ${WORKERS:-1}; do label "$dtype" "$batch" "$workers"; done
         done
     done
-    [ -n "$small" ] || label float32 12000 2
 fi
 part orb 220 "$python" -m openmm_mlffd.cli bench --sections speed --engines python --precisions single \
     --sizes "$sizes" --teachers orb-v2 --output "$out/orb" --device "$device"

@@ -17,7 +17,7 @@ from openmm_mlffd import cli
 from openmm_mlffd.training.hdf5 import Dataset, Structures, take
 from openmm_mlffd.training.label import LabelError, Limits, TeacherChoice, format_summary, label
 from openmm_mlffd.training.parallel import Workers
-from openmm_mlffd.training.sources import open_source
+from openmm_mlffd.training.sources import FirstOf, SourceError, open_source
 from openmm_mlffd.training.teachers import TeacherError
 
 CRASH, RAISE, NAN, HOT, PUSHED = 2, 18, 36, 54, 86  # what toy_calculator.py cannot stand
@@ -88,7 +88,8 @@ def run(source, folder, teacher, **settings):
 
 def test_every_structure_is_labelled_and_keeps_its_place(toy_path, write_frames, tmp_path):
     summary = run(write_frames(), tmp_path / "out", toy_path)
-    assert summary == (tmp_path / "out" / "dataset.h5", 24, [], 24)
+    assert summary[:4] == (tmp_path / "out" / "dataset.h5", 24, [], 24)
+    assert summary.starting > 0
     found, groups, attributes = contents(summary.dataset)
     source, names = open_source(tmp_path / "frames.xyz").read(0, 24)
     np.testing.assert_array_equal(found.positions, source.positions)
@@ -158,7 +159,7 @@ def test_bad_structures_are_listed_and_the_others_kept(
     np.testing.assert_array_equal(np.diff(found.offsets), np.diff(expected.offsets)[kept])
     # a rerun finds the failures in the manifest, without a teacher
     again = run(tmp_path / "frames.xyz", tmp_path / "bad", toy_path, python="/no/python")
-    assert again == bad._replace(new=0)
+    assert again == bad._replace(new=0, starting=0.0)
 
 
 def test_run_without_any_label_says_so(toy_path, write_frames, tmp_path):
@@ -395,5 +396,35 @@ def test_command_labels_and_says_how_many(toy_path, write_frames, tmp_path, monk
     out = capsys.readouterr().out
     assert out.startswith(f"{tmp_path / 'out' / 'dataset.h5'}: 10 structures labelled\n2 failed")
     assert "  2 × forces are not finite" in out
-    assert re.search(r"12 structures in .* per second\); largest memory \d+\.\d\d GB", out)
+    line = (
+        r"12 structures in ([\d.]+) s \(([\d.]+) per second; ([\d.]+) after the ([\d.]+) s of "
+        r"starting\); largest memory \d+\.\d\d GB"
+    )
+    total, rate, later, starting = map(float, re.search(line, out).groups())
+    assert starting <= total
+    assert later > rate == pytest.approx(12 / total, rel=0.1)
     assert "(stiffness=0.5)" in contents(tmp_path / "out" / "dataset.h5")[2]["teacher"]
+
+
+def test_first_structures_are_those_of_the_whole_file(
+    toy_path, write_frames, tmp_path, monkeypatch, capsys
+):
+    source = write_frames(24)
+    whole = contents(run(source, tmp_path / "whole", toy_path).dataset)[0]
+    for n, count in ((13, 13), (100, 24)):
+        arguments = command(source, tmp_path / f"{n}", toy_path, "--first", n)[3:]
+        monkeypatch.setattr(sys, "argv", ["mlffd", *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert not exit_.value.code
+        assert f"dataset.h5: {count} structures labelled" in capsys.readouterr().out
+        found = contents(tmp_path / f"{n}" / "dataset.h5")[0]
+        np.testing.assert_array_equal(found.energy, whole.energy[:count])
+        np.testing.assert_array_equal(found.forces, whole.forces[: found.offsets[-1]])
+    with pytest.raises(LabelError, match="'first': 13}, not "):
+        run(source, tmp_path / "13", toy_path, shard_size=1000)
+
+
+def test_none_of_the_structures_is_refused(toy_path, write_frames):
+    with pytest.raises(SourceError, match=r"frames\.xyz: .* at least 1 is taken, not 0"):
+        FirstOf(open_source(write_frames(3)), 0)
