@@ -420,8 +420,10 @@ def stability(
         list[float] | None, typer.Option(help="[K], repeatable; 300 and 500 by default.")
     ] = None,
     structure: Annotated[
-        list[Path] | None,
-        typer.Option(help="PDB or SDF file instead of those of the suite, repeatable."),
+        list[Path] | None, typer.Option(help="PDB or SDF instead of the suite's, repeatable.")
+    ] = None,
+    charge: Annotated[
+        list[str] | None, typer.Option(help="FILE=CHARGE [e], where it has no formal charges.")
     ] = None,
     timestep: Annotated[float, typer.Option(help="Time step [fs].")] = 0.5,
     teacher: Annotated[
@@ -451,6 +453,7 @@ def stability(
         box_picoseconds=box_picoseconds,
         temperatures=temperature or [300.0, 500.0],
         structures=structure or [],
+        charges=charge or [],
         timestep=timestep,
         teacher=teacher,
         teacher_python=teacher_python,

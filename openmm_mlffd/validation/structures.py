@@ -42,6 +42,15 @@ def read_structure(path: str | Path) -> tuple[app.Topology, Any]:
     return structure.topology, structure.positions
 
 
+def formal_charge(topology: app.Topology) -> int | None:
+    """Sum of the formal charges of the atoms [e]; None if no atom has one, not even zero.
+
+    Those of PDB and SDF files are in the Topology; OpenMM does not read those of a CIF file.
+    """
+    known = [a.formalCharge for a in topology.atoms() if a.formalCharge is not None]
+    return sum(known) if known else None
+
+
 def atomic_numbers(path: str | Path) -> list[int]:
     """Atomic numbers of a structure's atoms; arguments and errors as of `read_structure`.
 

@@ -6,7 +6,7 @@ from openmm import unit
 from rdkit import Chem
 from rdkit.Chem import AllChem
 
-from openmm_mlffd.validation.structures import StructureError, read_structure
+from openmm_mlffd.validation.structures import StructureError, formal_charge, read_structure
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "structures"
 
@@ -52,7 +52,8 @@ def test_molecules_without_any_hydrogen_pass(tmp_path, smiles):
 def test_formal_charges_are_kept(tmp_path):
     write(tmp_path / "acetate.sdf", "CC(=O)[O-]")
     topology, _ = read_structure(tmp_path / "acetate.sdf")
-    assert sum(atom.formalCharge for atom in topology.atoms()) == -1
+    assert sum(atom.formalCharge for atom in topology.atoms()) == formal_charge(topology) == -1
+    assert formal_charge(read_structure(EXAMPLES / "alanine-dipeptide.pdb")[0]) is None
 
 
 def test_flat_coordinates_are_refused(tmp_path):

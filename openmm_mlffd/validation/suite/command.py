@@ -2,10 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from openmm_mlffd.training.teachers import parse_options
 from openmm_mlffd.validation.report import range_text, value_text
@@ -96,6 +97,7 @@ def run_stability_command(
     box_picoseconds: float,
     temperatures: Sequence[float],
     structures: Sequence[Path],
+    charges: Sequence[str],
     timestep: float,
     teacher: str | None,
     teacher_python: str | None,
@@ -111,12 +113,17 @@ def run_stability_command(
     -------
     finished, passed : bool
         Whether everything was measured, and whether all of it passed.
+
+    Raises
+    ------
+    ValueError
+        If a charge is not of the form FILE=CHARGE, names no structure, or contradicts its file.
     """
     plan = replace(
         make_plan("full"),
         run_minutes=math.inf,
         stability=_stability_plan(
-            picoseconds, box_picoseconds, tuple(temperatures), structures, timestep
+            picoseconds, box_picoseconds, tuple(temperatures), structures, charges, timestep
         ),
     )
     output.mkdir(parents=True, exist_ok=True)
@@ -134,21 +141,54 @@ def run_stability_command(
         except OutOfTime as error:
             echo(str(error))
             return False, True
+    return True, _report_stability(job, numbers, echo)
+
+
+def _report_stability(job: Job, numbers: Mapping[str, Any], echo: Callable[[str], object]) -> bool:
+    """Write stability.json and say what is in it; whether all checks are passed."""
     checks = stability_checks(numbers)
     content = {
         "student": {"name": job.model.name, "sha256": job.model.identity},
-        "teacher": None if reference is None else reference.identity,
-        "hardware": "; ".join(sorted(store.machines)),
+        "teacher": None if job.teacher is None else job.teacher.identity,
+        "hardware": "; ".join(sorted(job.store.machines)),
         "checks": [{**asdict(c), "passed": c.passed} for c in checks],
         **numbers,
     }
-    write_json(output / "stability.json", content)
+    write_json(job.output / "stability.json", content)
     for name, run in (numbers["molecules"] | numbers["boxes"]).items():
         echo(f"{name:45s} {run['picoseconds']:8.3g} ps  {stability_result(run)}")
     for check in checks:
         verdict = "passed" if check.passed else "FAILED"
         echo(f"{verdict}  {check.name}: {value_text(check.value, check.high, check.unit)}")
-    return True, all(check.passed for check in checks)
+    return all(check.passed for check in checks)
+
+
+def parse_charges(pairs: Sequence[str], structures: Sequence[Path]) -> dict[str, int]:
+    """Total charges [e] given as FILE=CHARGE, by the names of the structures.
+
+    Raises
+    ------
+    ValueError
+        If there is no equals sign, a charge is not whole, or a file is none of the structures or
+        is named twice.
+    """
+    charges: dict[str, int] = {}
+    for pair in pairs:
+        file, equals, value = pair.rpartition("=")
+        try:
+            charge = int(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"a charge is given as FILE=CHARGE with a whole number, got {pair!r}")
+        name = str(Path(file))
+        if name not in map(str, structures):
+            known = ", ".join(map(str, structures)) or "none"
+            raise ValueError(f"--charge {pair}: no --structure is called so; there is {known}")
+        if name in charges:
+            raise ValueError(f"--charge {pair}: {name} was given a charge before")
+        charges[name] = charge
+    return charges
 
 
 def _stability_plan(
@@ -156,17 +196,19 @@ def _stability_plan(
     box_picoseconds: float,
     temperatures: tuple[float, ...],
     structures: Sequence[Path],
+    charges: Sequence[str],
     timestep: float,
 ) -> StabilityPlan:
+    given = parse_charges(charges, structures)
     molecules, boxes = None, None
     if structures:
-        named = {str(path): load_system(str(path)) for path in structures}
+        named = {name: load_system(name, charge=given.get(name)) for name in map(str, structures)}
         molecules = tuple(name for name, system in named.items() if system.cell is None)
         boxes = tuple(name for name, system in named.items() if system.cell is not None)
     return StabilityPlan(
         picoseconds=picoseconds, box_picoseconds=box_picoseconds, temperatures=temperatures,
         molecules=molecules if picoseconds else (), boxes=boxes if box_picoseconds else (),
-        timestep=timestep,
+        timestep=timestep, charges=given,
     )  # fmt: skip
 
 

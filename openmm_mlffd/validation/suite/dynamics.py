@@ -93,20 +93,16 @@ def run_langevin(
 
     Parameters
     ----------
-    make_system
-        Makes the OpenMM System of the model.
-    system
-        Atoms, box and start.
+    make_system, system
+        Makes the OpenMM System of the model; atoms, box and start.
     run
         Length, time step, thermostat and barostat.
     folder
         Where segments are kept; those that are there are not run again.
-    clock
-        Looked at after each segment.
     minutes
         Wall time after which the run ends as it is, however short; it counts over all commands.
-    progress
-        Told how far it is.
+    clock, progress
+        Looked at before each segment, and told how far it is after each.
     stop
         Is given the last segments after each, and says why the run should fail, if it should.
     segments
@@ -127,37 +123,70 @@ def run_langevin(
     Each segment has a Context and a seed of its own, so that an interrupted run has the same
     frames as one that was not.
     """
+    every, n_frames, segment = _division(run, segments)
+    openmm_system = _with_barostat(make_system(), run)
+    parts = read_segments(folder, "segment")
+    while (left := n_frames - _frames(parts)) > 0 and _may_go_on(parts, minutes):
+        length = min(left, segment)
+        clock.check(length * _seconds(parts) / _frames(parts) if _frames(parts) else 0.0)
+        part = _segment(openmm_system, system, run, parts, every, length)
+        _stop_if_told(stop, run, parts, part)
+        write_arrays(folder / f"segment-{len(parts):04d}.npz", **part)
+        parts.append(part)
+        progress(run.name, _frames(parts) * run.frame, run.picoseconds)
+    return _trajectory(parts, degrees_of_freedom(openmm_system), every)
+
+
+def _division(run: EnsembleRun, segments: int) -> tuple[int, int, int]:
+    """Steps between frames, frames of the run, and frames of a segment."""
     every = max(1, round(run.frame * 1e3 / run.timestep))
     n_frames = max(1, round(run.picoseconds * 1e3 / run.timestep / every))
-    openmm_system = make_system()
+    return every, n_frames, max(math.ceil(n_frames / segments), math.ceil(SEGMENT_STEPS / every))
+
+
+def _with_barostat(openmm_system: openmm.System, run: EnsembleRun) -> openmm.System:
     if run.pressure is not None:
         openmm_system.addForce(
             openmm.MonteCarloBarostat(run.pressure, run.temperature, BAROSTAT_INTERVAL)
         )
-    parts = read_segments(folder, "segment")
-    done = sum(len(p["time"]) for p in parts)
-    spent = sum(float(p["seconds"]) for p in parts)
-    segment = max(math.ceil(n_frames / segments), math.ceil(SEGMENT_STEPS / every))
-    while done < n_frames and spent < 60 * minutes and not (parts and str(parts[-1]["failure"])):
-        length = min(n_frames - done, segment)
-        clock.check(length * spent / done if done else 0.0)
-        part = _segment(openmm_system, system, run, parts, every, length)
-        if stop is not None and not str(part["failure"]) and (why := stop([*parts[-1:], part])):
-            ends = f"after {(done + length) * run.frame:g} ps: {why}"
-            part["failure"] = np.array(ends)
-        write_arrays(folder / f"segment-{len(parts):04d}.npz", **part)
-        parts.append(part)
-        done += len(part["time"])
-        spent += float(part["seconds"])
-        progress(run.name, done * run.frame, run.picoseconds)
+    return openmm_system
+
+
+def _frames(parts: Sequence[dict[str, NDArray[Any]]]) -> int:
+    return sum(len(p["time"]) for p in parts)
+
+
+def _seconds(parts: Sequence[dict[str, NDArray[Any]]]) -> float:
+    return sum(float(p["seconds"]) for p in parts)
+
+
+def _may_go_on(parts: Sequence[dict[str, NDArray[Any]]], minutes: float) -> bool:
+    """Whether a run has wall time left, and did not fail."""
+    return _seconds(parts) < 60 * minutes and not (parts and str(parts[-1]["failure"]))
+
+
+def _stop_if_told(
+    stop: Stop | None,
+    run: EnsembleRun,
+    parts: Sequence[dict[str, NDArray[Any]]],
+    part: dict[str, NDArray[Any]],
+) -> None:
+    """Mark a new segment, which follows others, as failed if its run should end."""
+    if stop is not None and not str(part["failure"]) and (why := stop([*parts[-1:], part])):
+        ends = f"after {_frames([*parts, part]) * run.frame:g} ps: {why}"
+        part["failure"] = np.array(ends)
+
+
+def _trajectory(parts: Sequence[dict[str, NDArray[Any]]], n_dof: int, every: int) -> Trajectory:
+    """All segments as one, with so many steps between frames."""
     joined = {
         name: np.concatenate([p[name] for p in parts])
         for name in ("time", "positions", "cell", "potential", "kinetic")
     }
     return Trajectory(
         **joined,
-        n_dof=degrees_of_freedom(openmm_system),
-        seconds_per_step=spent / max(1, done * every),
+        n_dof=n_dof,
+        seconds_per_step=_seconds(parts) / max(1, _frames(parts) * every),
         failure=str(parts[-1]["failure"]),
     )
 

@@ -112,7 +112,8 @@ class Evaluated:
         rows = slice(int(s.offsets[i]), int(s.offsets[i + 1]))
         cell = s.cell[i] if s.pbc[i].all() else None
         numbers = s.atomic_numbers[rows].astype(np.int64)
-        return Structure(numbers, s.positions[rows].astype(np.float64), cell), rows
+        positions = s.positions[rows].astype(np.float64)
+        return Structure(numbers, positions, cell, int(s.total_charge[i])), rows
 
 
 def measure_forces(job: Job, data: Path) -> tuple[Evaluated, dict[str, Any]]:

@@ -1,11 +1,15 @@
-"""Structures with the forces of teacher and student, as files for other programs."""
+"""Structures, alone or with the forces of teacher and student, as files for other programs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from openmm_mlffd.elements import SYMBOLS
 from openmm_mlffd.validation.suite.models import Structure
+from openmm_mlffd.validation.suite.store import write_text
+from openmm_mlffd.validation.suite.systems import System
 
 ARROW = 0.5
 """Length of a force of 1 eV/Å as an arrow [Å]."""
@@ -63,6 +67,27 @@ def write_extended_xyz(
     atoms.set_array("force_error", np.linalg.norm(student - teacher, axis=1))
     atoms.info["comment"] = comment
     write(path, atoms, format="extxyz")
+
+
+def write_xyz(
+    path: Path, system: System, frames: Sequence[tuple[float, NDArray[np.float64]]], title: str
+) -> None:
+    """Frames as XYZ, which needs no library."""
+    lines = []
+    for when, positions in frames:
+        lines += [str(len(positions)), f"{title} after {when:g} ps"]
+        lines += [
+            f"{SYMBOLS[z]:2s} {x:12.5f} {y:12.5f} {w:12.5f}"
+            for z, (x, y, w) in zip(system.numbers.tolist(), positions.tolist(), strict=True)
+        ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def read_xyz(path: Path) -> NDArray[np.float64]:
+    """Positions of the last frame of such a file [Å], shape ``(n_atoms, 3)``."""
+    lines = path.read_text("utf-8").splitlines()
+    n = int(lines[0])
+    return np.array([[float(v) for v in line.split()[1:]] for line in lines[-n:]])
 
 
 def write_pymol(

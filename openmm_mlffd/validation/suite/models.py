@@ -27,11 +27,12 @@ BATCH_ATOMS = 1500
 
 
 class Structure(NamedTuple):
-    """Atomic numbers (n,), positions [Å] (n, 3), box vectors as rows [Å] or None."""
+    """Atomic numbers (n,), positions [Å] (n, 3), box vectors as rows [Å] or None, charge [e]."""
 
     numbers: NDArray[np.int64]
     positions: NDArray[np.float64]
     cell: NDArray[np.float64] | None = None
+    charge: int = 0
 
 
 class Model(Protocol):
@@ -46,8 +47,13 @@ class Model(Protocol):
     def label(self, batch: Batch, *, precision: str = "single") -> Labels:
         """Energies and forces of structures; NaN, with a reason, where it has none."""
 
-    def system(self, topology: openmm.app.Topology, *, precision: str = "single") -> openmm.System:
-        """A System of these atoms, with their masses and nothing but this model's force."""
+    def system(
+        self, topology: openmm.app.Topology, *, precision: str = "single", charge: int = 0
+    ) -> openmm.System:
+        """A System of these atoms, with their masses and nothing but this model's force.
+
+        The total charge [e] is that of all atoms together; a student ignores it.
+        """
 
 
 class PotentialModel:
@@ -86,9 +92,11 @@ class PotentialModel:
             _label_part(potential, batch, part, labels)
         return labels
 
-    def system(self, topology: openmm.app.Topology, *, precision: str = "single") -> openmm.System:
+    def system(
+        self, topology: openmm.app.Topology, *, precision: str = "single", charge: int = 0
+    ) -> openmm.System:
         """A System whose only force calls `label`."""
-        return python_system(self, topology, precision)
+        return python_system(self, topology, precision, charge)
 
 
 class StudentModel(PotentialModel):
@@ -131,8 +139,10 @@ class StudentModel(PotentialModel):
             )
         return self._potentials[precision]
 
-    def system(self, topology: openmm.app.Topology, *, precision: str = "single") -> openmm.System:
-        """The System that a user of the student would get."""
+    def system(
+        self, topology: openmm.app.Topology, *, precision: str = "single", charge: int = 0
+    ) -> openmm.System:
+        """The System that a user of the student would get; the charge is ignored."""
         potential = MLPotential("mlffd", modelPath=str(self.path))
         return potential.createSystem(topology, precision=precision, device=str(self._device))
 
@@ -175,13 +185,15 @@ class TeacherModel:
             insert(labels, self._teacher.label(select(batch, part)), batch, part)
         return labels
 
-    def system(self, topology: openmm.app.Topology, *, precision: str = "single") -> openmm.System:
+    def system(
+        self, topology: openmm.app.Topology, *, precision: str = "single", charge: int = 0
+    ) -> openmm.System:
         """A System whose only force calls the teacher."""
-        return python_system(self, topology, precision)
+        return python_system(self, topology, precision, charge)
 
 
 def pack(structures: Sequence[Structure]) -> Batch:
-    """Structures as one batch of neutral systems."""
+    """Structures as one batch, with their total charges."""
     count = [len(s.numbers) for s in structures]
     periodic = np.array([s.cell is not None for s in structures], bool)
     cells = [np.zeros((3, 3)) if s.cell is None else np.asarray(s.cell) for s in structures]
@@ -191,8 +203,18 @@ def pack(structures: Sequence[Structure]) -> Batch:
         positions=np.concatenate([s.positions for s in structures]).astype(np.float64),
         cell=np.array(cells, np.float64),
         pbc=np.repeat(periodic[:, None], 3, axis=1),
-        total_charge=np.zeros(len(structures), np.int64),
+        total_charge=np.array([s.charge for s in structures], np.int64),
     )
+
+
+def charge_settings(model: Model, charges: Sequence[int]) -> dict[str, list[int]]:
+    """What the settings of a piece have to say of total charges [e].
+
+    Nothing, if all are zero or the model is a student, which ignores them.
+    """
+    if isinstance(model, PotentialModel) or not any(charges):
+        return {}
+    return {"charges": list(charges)}
 
 
 def label(
@@ -236,8 +258,13 @@ def masses_and_numbers(
     return np.array(masses), np.array([e.atomic_number for e in elements], np.int64)
 
 
-def python_system(model: Model, topology: openmm.app.Topology, precision: str) -> openmm.System:
-    """A System whose only force asks a model; a refusal is an exception that says why."""
+def python_system(
+    model: Model, topology: openmm.app.Topology, precision: str, charge: int = 0
+) -> openmm.System:
+    """A System whose only force asks a model; a refusal is an exception that says why.
+
+    The total charge [e] is what the model is told of all atoms together.
+    """
     masses, numbers = masses_and_numbers(topology)
     system = openmm.System()
     for mass in masses:
@@ -251,7 +278,8 @@ def python_system(model: Model, topology: openmm.app.Topology, precision: str) -
         cell = None
         if box is not None:
             cell = state.getPeriodicBoxVectors(asNumpy=True)._value * ANGSTROM_PER_NM
-        energy, forces = label(model, [Structure(numbers, positions, cell)], precision=precision)[0]
+        structure = Structure(numbers, positions, cell, charge)
+        energy, forces = label(model, [structure], precision=precision)[0]
         return energy * KJ_PER_MOL_PER_EV, forces * KJ_PER_MOL_NM_PER_EV_ANGSTROM
 
     force = openmm.PythonForce(compute)

@@ -46,7 +46,7 @@ def measure_run(job: Job, run: NVERun) -> list[EnergyTrace]:
     system = load_system(run.system, run.copies)
 
     def make() -> openmm.System:
-        return job.model.system(system.topology, precision=run.precision)
+        return job.model.system(system.topology, precision=run.precision, charge=system.charge)
 
     picoseconds = _EQUILIBRATION if job.plan.level == "full" else min(0.5, run.picoseconds)
     start_settings = {
@@ -56,7 +56,7 @@ def measure_run(job: Job, run: NVERun) -> list[EnergyTrace]:
 
     def equilibrated(folder: Path) -> dict[str, Any]:
         # single precision: the same start for all precisions
-        made = job.model.system(system.topology)
+        made = job.model.system(system.topology, charge=system.charge)
         state = equilibrate(
             made, system.nanometers, temperature=TEMPERATURE, picoseconds=picoseconds
         )
@@ -165,8 +165,9 @@ def gradient_error(job: Job, system: System) -> float:
     directions /= np.linalg.norm(directions, axis=(1, 2), keepdims=True)
     steps = _DIFFERENCE * np.array([-2.0, -1.0, 1.0, 2.0])
     weights = np.array([1.0, -8.0, 8.0, -1.0]) / (12 * _DIFFERENCE)
-    structures = [Structure(system.numbers, base)] + [
-        Structure(system.numbers, base + step * direction)
+    numbers, charge = system.numbers, system.charge
+    structures = [Structure(numbers, base, charge=charge)] + [
+        Structure(numbers, base + step * direction, charge=charge)
         for direction in directions
         for step in steps
     ]
@@ -194,7 +195,8 @@ def force_jump(job: Job, system: System) -> float:
 
     def at(distance: float) -> Structure:
         moved = methane + np.array([edge + distance, 0.1, 0.2])
-        return Structure(numbers, np.concatenate([system.positions, moved]))
+        positions = np.concatenate([system.positions, moved])
+        return Structure(numbers, positions, charge=system.charge)
 
     # where forces bend most, look closer, and closer again
     places, worst = [(2.0, 7.5)], 0.0

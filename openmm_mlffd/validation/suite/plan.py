@@ -1,6 +1,7 @@
 """How much is measured: the levels of a validation."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SECTIONS = ("forces", "nve", "ensembles", "stability", "teacher", "robustness", "speed")
@@ -87,6 +88,9 @@ class EnsembleRun:
     minimization: int = 200
     """Iterations at most."""
 
+    charge: int | None = None
+    """Total charge of one copy [e]; None for what the file says, or else zero."""
+
     @property
     def name(self) -> str:
         """What the report calls it."""
@@ -116,6 +120,9 @@ class StabilityPlan:
 
     more_boxes: tuple[str, ...] = (WATER, PEPTIDE_IN_WATER)
     """Those of other sections that are run here, too, if `boxes` is None."""
+
+    charges: Mapping[str, int] = field(default_factory=dict)
+    """Total charge [e] of systems whose files do not say it, by name."""
 
     box_temperature: float = 300.0
     """[K]."""

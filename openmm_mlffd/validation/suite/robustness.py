@@ -78,7 +78,8 @@ def distort(system: System, kind: str, rng: np.random.Generator) -> Structure:
             shift *= rng.uniform(0.5, 3.0) * (1 + attempt / 20) / np.linalg.norm(shift)
             x = np.concatenate([x, other + shift])
         if _nearest(x) >= SHORTEST:
-            return Structure(np.tile(numbers, len(x) // len(numbers)), x)
+            copies = len(x) // len(numbers)
+            return Structure(np.tile(numbers, copies), x, charge=copies * system.charge)
     raise ValueError(f"{system.name} cannot be {kind} without atoms nearer than {SHORTEST} Å")
 
 
@@ -172,7 +173,7 @@ def minimise(job: Job, system: System, start: Structure | None = None) -> dict[s
         exception, if there was one, and ``nearest``: the smallest distance of two atoms over the
         sum of their covalent radii.
     """
-    made = job.model.system(system.topology)
+    made = job.model.system(system.topology, charge=system.charge)
     positions = system.positions if start is None else start.positions
     try:
         context = make_context(made, openmm.VerletIntegrator(0.001))
@@ -253,7 +254,7 @@ def measure_hot(job: Job, name: str) -> dict[str, Any]:
 
     def measure(folder: Path) -> dict[str, Any]:
         trajectory = run_langevin(
-            lambda: job.model.system(system.topology), system, run, folder,
+            lambda: job.model.system(system.topology, charge=system.charge), system, run, folder,
             clock=job.store.clock, minutes=job.limit(), progress=job.progress,
         )  # fmt: skip
         above = trajectory.potential - minima[name]

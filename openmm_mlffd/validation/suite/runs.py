@@ -10,7 +10,7 @@ from openmm import app, unit
 
 from openmm_mlffd.validation.suite.dynamics import SEGMENTS, Stop, Trajectory, run_langevin
 from openmm_mlffd.validation.suite.job import Job
-from openmm_mlffd.validation.suite.models import Model
+from openmm_mlffd.validation.suite.models import Model, charge_settings
 from openmm_mlffd.validation.suite.plan import EnsembleRun
 from openmm_mlffd.validation.suite.systems import System, load_system
 
@@ -39,19 +39,19 @@ def run_and_keep(
     told
         Is told the folder of the piece.
     """
-    system = load_system(run.system, run.copies)
+    system = load_system(run.system, run.copies, run.charge)
     settings = {
         "model": model.identity, "system": run.system, "copies": run.copies,
         "picoseconds": run.picoseconds, "frame": run.frame, "pressure": run.pressure,
         "timestep": run.timestep, "temperature": run.temperature, "seed": run.seed,
-        "minimization": run.minimization,
+        "minimization": run.minimization, **charge_settings(model, [system.charge]),
     }  # fmt: skip
     limit = job.limit(minutes)
     held: list[Trajectory] = []
 
     def go(folder: Path, limit: float) -> Trajectory:
         return run_langevin(
-            lambda: model.system(system.topology), system, run, folder,
+            lambda: model.system(system.topology, charge=system.charge), system, run, folder,
             clock=job.store.clock, minutes=limit, progress=job.progress, stop=stop,
             segments=segments,
         )  # fmt: skip

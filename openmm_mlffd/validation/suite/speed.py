@@ -63,7 +63,7 @@ def _time_steps(job: Job) -> list[dict[str, Any]]:
     for name, copies in plans[job.plan.level]:
         job.store.clock.check()
         system = load_system(name, copies)
-        made = job.model.system(system.topology)
+        made = job.model.system(system.topology, charge=system.charge)
         integrator = openmm.LangevinMiddleIntegrator(
             300 * unit.kelvin, 1 / unit.picosecond, 0.5 * unit.femtosecond
         )

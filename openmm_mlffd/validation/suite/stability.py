@@ -25,12 +25,19 @@ from openmm_mlffd.training.replicas import (
 from openmm_mlffd.units import AVOGADRO
 from openmm_mlffd.validation.conservation import temperature
 from openmm_mlffd.validation.suite.dynamics import Trajectory
+from openmm_mlffd.validation.suite.frames import write_xyz
 from openmm_mlffd.validation.suite.job import Job
-from openmm_mlffd.validation.suite.models import Model, Structure, StudentModel, label
+from openmm_mlffd.validation.suite.models import (
+    Model,
+    Structure,
+    StudentModel,
+    charge_settings,
+    label,
+)
 from openmm_mlffd.validation.suite.plan import EnsembleRun
 from openmm_mlffd.validation.suite.runs import run_and_keep
-from openmm_mlffd.validation.suite.static import relax
-from openmm_mlffd.validation.suite.store import Piece, read_arrays, write_arrays, write_text
+from openmm_mlffd.validation.suite.stability_teacher import CLOSED, ask_teacher
+from openmm_mlffd.validation.suite.store import Piece, read_arrays, write_arrays
 from openmm_mlffd.validation.suite.systems import BOXES, UNSEEN, System, load_system
 
 STRETCHED = 1.5
@@ -38,9 +45,6 @@ STRETCHED = 1.5
 
 HELD = 0.5
 """… for longer than this [ps]."""
-
-CLOSED = 1.25
-"""If the teacher's relaxation brings it below this multiple again, the teacher keeps the bond."""
 
 LOOK = 50
 """Steps between looks at the molecules."""
@@ -77,8 +81,8 @@ class _OneByOne:
 
     def __init__(self, model: Model, runs: Sequence[MoleculeRun]) -> None:
         self._model = model
-        self._numbers = [r.system.numbers for r in runs]
-        self._cuts = np.cumsum([len(n) for n in self._numbers])[:-1]
+        self._systems = [(r.system.numbers, r.system.charge) for r in runs]
+        self._cuts = np.cumsum([len(n) for n, _ in self._systems])[:-1]
 
     def __call__(
         self, positions: NDArray[np.float64], cell: NDArray[np.float64] | None
@@ -87,7 +91,7 @@ class _OneByOne:
         parts = np.split(positions, self._cuts)
         found = label(
             self._model,
-            [Structure(n, x, cell) for n, x in zip(self._numbers, parts, strict=True)],
+            [Structure(n, x, cell, q) for (n, q), x in zip(self._systems, parts, strict=True)],
         )
         energies = np.zeros(len(positions))
         energies[np.concatenate([[0], self._cuts]).astype(int)] = [e for e, _ in found]
@@ -107,7 +111,7 @@ def measure_stability(job: Job) -> dict[str, Any]:
     found: dict[str, Any] = {"molecules": measure_molecules(job), "boxes": measure_boxes(job)}
     broken = {name: run for part in found.values() for name, run in part.items() if run["broken"]}
     for name, run in broken.items():
-        run["teacher"] = None if job.teacher is None else _ask_teacher(job, job.teacher, name, run)
+        run["teacher"] = None if job.teacher is None else ask_teacher(job, job.teacher, name, run)
     found["criteria"] = {"stretched": STRETCHED, "held": HELD, "closed": CLOSED}
     return found
 
@@ -119,7 +123,7 @@ def molecule_runs(job: Job) -> list[list[MoleculeRun]]:
     """Molecules and temperatures of the plan, in parts that are evaluated at once."""
     plan = job.plan.stability
     names = UNSEEN if plan.molecules is None else plan.molecules
-    systems = [load_system(name) for name in names]
+    systems = [load_system(name, charge=plan.charges.get(name)) for name in names]
     for system in systems:
         if system.cell is not None:
             raise ValueError(f"{system.name} has a box; boxes and molecules are given apart")
@@ -154,6 +158,7 @@ def molecules_piece(job: Job, number: int, runs: Sequence[MoleculeRun]) -> Piece
         "positions": [float(np.abs(r.system.positions).sum()) for r in runs],
         "picoseconds": plan.picoseconds, "timestep": plan.timestep, "look": LOOK,
         "stretched": STRETCHED, "held": HELD,
+        **charge_settings(job.model, [r.system.charge for r in runs]),
     }  # fmt: skip
     limit = job.limit()
 
@@ -331,27 +336,6 @@ def _bond(system: System, first: int, second: int) -> list[Any]:
     return [int(first), int(second), " – ".join(names)]
 
 
-def write_xyz(
-    path: Path, system: System, frames: Sequence[tuple[float, NDArray[np.float64]]], title: str
-) -> None:
-    """Frames as XYZ, which needs no library."""
-    lines = []
-    for when, positions in frames:
-        lines += [str(len(positions)), f"{title} after {when:g} ps"]
-        lines += [
-            f"{SYMBOLS[z]:2s} {x:12.5f} {y:12.5f} {w:12.5f}"
-            for z, (x, y, w) in zip(system.numbers.tolist(), positions.tolist(), strict=True)
-        ]
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def read_xyz(path: Path) -> NDArray[np.float64]:
-    """Positions of the last frame of such a file [Å], shape ``(n_atoms, 3)``."""
-    lines = path.read_text("utf-8").splitlines()
-    n = int(lines[0])
-    return np.array([[float(v) for v in line.split()[1:]] for line in lines[-n:]])
-
-
 # boxes
 
 
@@ -363,6 +347,7 @@ def box_runs(job: Job) -> list[EnsembleRun]:
         EnsembleRun(
             system=name, picoseconds=plan.box_picoseconds, frame=0.1, pressure=1.0,
             timestep=plan.timestep, temperature=plan.box_temperature, seed=3,
+            charge=plan.charges.get(name),
         )
         for name in names
     ]  # fmt: skip
@@ -375,7 +360,7 @@ def measure_boxes(job: Job) -> dict[str, Any]:
 
 def measure_box(job: Job, run: EnsembleRun) -> dict[str, Any]:
     """One run at constant pressure."""
-    system = load_system(run.system)
+    system = load_system(run.system, charge=run.charge)
     judge = BoxJudge(system, run.frame)
     kept: list[str] = []
     trajectory = run_and_keep(
@@ -463,35 +448,3 @@ def box_numbers(
         "seconds_per_step": trajectory.seconds_per_step,
         "folder": folder,
     }
-
-
-# the teacher
-
-
-def _ask_teacher(job: Job, teacher: Model, name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """Whether the teacher closes a bond that broke, when it relaxes the last frame."""
-    folder = job.store.folder / run["folder"]
-    system = load_system(run["system"])
-    if run["suspicious_file"]:
-        positions = read_xyz(folder / run["suspicious_file"])
-    else:
-        parts = [read_arrays(p) for p in sorted(folder.glob("segment-*.npz"))]
-        positions = np.concatenate([p["positions"] for p in parts])[-1].astype(float)
-    settings = {
-        "teacher": teacher.identity, "model": job.model.identity, "name": name,
-        "positions": float(np.abs(positions).sum()), "closed": CLOSED,
-    }  # fmt: skip
-
-    def measure(_: Path) -> dict[str, Any]:
-        relaxed = relax(teacher, system, positions)
-        first, second = run["broken"][:2]
-
-        def length(x: NDArray[np.float64]) -> float:
-            return float(np.linalg.norm(x[first] - x[second]))
-
-        ratio = length(relaxed) / length(system.positions)
-        structures = [Structure(system.numbers, x, system.cell) for x in (positions, relaxed)]
-        before, after = (energy for energy, _forces_ in label(teacher, structures))
-        return {"stretch": ratio, "keeps": ratio < CLOSED, "falls": before - after}
-
-    return dict(job.store.piece(f"teacher on {name}", settings, measure).numbers)

@@ -10,11 +10,11 @@ from openmm_mlffd.validation.conservation import Check
 from openmm_mlffd.validation.report import Section, TableBlock, number
 from openmm_mlffd.validation.suite.job import Job, SectionResult, named
 from openmm_mlffd.validation.suite.stability import (
-    CLOSED,
     HELD,
     STRETCHED,
     measure_stability,
 )
+from openmm_mlffd.validation.suite.stability_teacher import CLOSED
 
 KINETIC = 0.02
 """Mean kinetic temperature of all molecules, largest deviation beyond three standard errors."""
@@ -86,7 +86,7 @@ def _temperature_check(molecules: Mapping[str, Any], kelvin: float) -> list[Chec
 def counts(run: Mapping[str, Any]) -> bool:
     """Whether a broken bond is held against the student: not if its teacher breaks it, too."""
     teacher = run.get("teacher")
-    return teacher is None or bool(teacher["keeps"])
+    return teacher is None or "refused" in teacher or bool(teacher["keeps"])
 
 
 def _names(names: list[str]) -> str:
@@ -146,6 +146,8 @@ def result(run: Mapping[str, Any]) -> str:
     teacher = run.get("teacher")
     if teacher is None:
         return text
+    if "refused" in teacher:
+        return f"{text}; not judged by the teacher: {teacher['refused']}"
     keeps = "keeps it" if teacher["keeps"] else "breaks it, too"
     return f"{text}; the teacher {keeps} ({number(teacher['stretch'], 2)} of its first length)"
 

@@ -31,7 +31,8 @@ _STEP = 0.01  # Å, of the second derivatives
 
 def relax(model: Model, system: System, positions: NDArray[np.float64]) -> NDArray[np.float64]:
     """Positions of the nearest minimum [Å], shape ``(n_atoms, 3)``."""
-    return _minimise(model.system(system.topology, precision="double"), positions)
+    made = model.system(system.topology, precision="double", charge=system.charge)
+    return _minimise(made, positions)
 
 
 def _minimise(system: openmm.System, positions: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -62,7 +63,9 @@ def frequencies(
     numbers, n = system.numbers, 3 * len(positions)
     steps = _STEP * np.eye(n).reshape(n, -1, 3)
     structures = [
-        Structure(numbers, positions + sign * step) for step in steps for sign in (1.0, -1.0)
+        Structure(numbers, positions + sign * step, charge=system.charge)
+        for step in steps
+        for sign in (1.0, -1.0)
     ]
     forces = np.array([f for _, f in label(model, structures, precision="double")])
     hessian = -(forces[::2] - forces[1::2]).reshape(n, n) / (2 * _STEP)
@@ -197,7 +200,7 @@ def torsion_piece(store: Store, model: Model, name: str, step: float) -> Piece:
         raise ValueError(f"{name} has no torsion that is marked for a scan")
 
     def measure(folder: Path) -> dict[str, Any]:
-        made = model.system(system.topology, precision="double")
+        made = model.system(system.topology, precision="double", charge=system.charge)
         force = openmm.CustomTorsionForce(
             "0.5*k*min(d, 2*pi-d)^2; d=abs(theta-target); pi=3.141592653589793"
         )
@@ -217,8 +220,8 @@ def torsion_piece(store: Store, model: Model, name: str, step: float) -> Piece:
             found = context.getState(positions=True).getPositions(asNumpy=True)._value
             x = np.array(found) * ANGSTROM_PER_NM
             frames.append(x)
-        energies = [e for e, _ in label(
-            model, [Structure(system.numbers, x) for x in frames], precision="double")]  # fmt: skip
+        structures = [Structure(system.numbers, x, charge=system.charge) for x in frames]
+        energies = [e for e, _ in label(model, structures, precision="double")]
         lengths = bond_lengths_and_angles(system, np.array(frames))[0]
         start = bond_lengths_and_angles(system, system.positions)[0]
         intact = (np.abs(lengths / start - 1) < BOND_CHANGE).all(1)

@@ -55,6 +55,8 @@ class StoredModel:
         """
         raise OutOfTime(f"{self.name} did not measure all of it, and is not started here")
 
-    def system(self, topology: openmm.app.Topology, *, precision: str = "single") -> openmm.System:
+    def system(
+        self, topology: openmm.app.Topology, *, precision: str = "single", charge: int = 0
+    ) -> openmm.System:
         """A System whose energy cannot be asked for."""
-        return python_system(self, topology, precision)
+        return python_system(self, topology, precision, charge)

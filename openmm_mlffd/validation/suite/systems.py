@@ -1,6 +1,6 @@
 """The structures that come with the suite, as OpenMM has them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from openmm import app, unit
 
 from openmm_mlffd.units import ANGSTROM_PER_NM
-from openmm_mlffd.validation.structures import read_structure
+from openmm_mlffd.validation.structures import formal_charge, read_structure
 from openmm_mlffd.validation.suite.models import Structure, masses_and_numbers
 from openmm_mlffd.validation.suite.plan import DRUG, PEPTIDE, PEPTIDE_IN_WATER, WATER
 
@@ -72,6 +72,9 @@ class System:
     torsion: tuple[int, int, int, int] | None = None
     """Atoms of the torsion that is to be scanned."""
 
+    charge: int = 0
+    """Total charge [e]."""
+
     @property
     def numbers(self) -> NDArray[np.int64]:
         """Atomic numbers, shape ``(n_atoms,)``."""
@@ -96,8 +99,8 @@ class System:
 
     @property
     def structure(self) -> Structure:
-        """Numbers, positions and box."""
-        return Structure(self.numbers, self.positions, self.cell)
+        """Numbers, positions, box and charge."""
+        return Structure(self.numbers, self.positions, self.cell, self.charge)
 
     @property
     def nanometers(self) -> NDArray[np.float64]:
@@ -105,7 +108,9 @@ class System:
         return self.positions / ANGSTROM_PER_NM
 
 
-def load_system(name: str, copies: tuple[int, int, int] = (1, 1, 1)) -> System:
+def load_system(
+    name: str, copies: tuple[int, int, int] = (1, 1, 1), charge: int | None = None
+) -> System:
     """A system of the suite by its name: a molecule, or one of the larger ones.
 
     Parameters
@@ -114,21 +119,33 @@ def load_system(name: str, copies: tuple[int, int, int] = (1, 1, 1)) -> System:
         Its name, or the path of a PDB or SDF file.
     copies
         The box, repeated so often along each of its vectors.
+    charge
+        Total charge [e] of one copy, if the file does not say it by formal charges of its atoms;
+        None is what the file says, or else zero.
 
     Raises
     ------
     ValueError
-        If there is no such system, or one without a box is to be repeated.
+        If there is no such system, its file says another charge, or one without a box is to be
+        repeated.
     """
     if name in molecules():
         found = molecules()[name]
     elif name in _files() or Path(name).is_file():
         inside = _files().get(name)
         topology, positions = read_structure(name if inside is None else FOLDER / inside)
-        found = System(name, topology, _angstrom(positions))
+        found = System(name, topology, _angstrom(positions), charge=formal_charge(topology) or 0)
     else:
         known = ", ".join([*_files(), *molecules()])
         raise ValueError(f"no system and no file is called {name!r}; there are {known}")
+    if charge is not None:
+        said = formal_charge(found.topology)
+        if said is not None and said != charge:
+            raise ValueError(
+                f"{name}: a total charge of {charge:+d} e was given, but the formal charges in the "
+                f"file add up to {said:+d} e"
+            )
+        found = replace(found, charge=charge)
     return found if copies == (1, 1, 1) else _repeat(found, copies)
 
 
@@ -145,7 +162,8 @@ def molecules() -> dict[str, System]:
         # PDB and not SDF: OpenMM reads it with bonds, and the kinds of bonds are not needed
         path = FOLDER / f"molecule-{name.replace(' ', '-')}.pdb"
         topology, positions = read_structure(path)
-        found[name] = System(name, topology, _angstrom(positions), TORSIONS.get(name))
+        charge = formal_charge(topology) or 0
+        found[name] = System(name, topology, _angstrom(positions), TORSIONS.get(name), charge)
     return found
 
 
@@ -200,7 +218,8 @@ def _repeat(system: System, copies: tuple[int, int, int]) -> System:
         positions.append(system.positions + shift)
     vectors = system.cell * np.array(copies)[:, None] / ANGSTROM_PER_NM
     topology.setPeriodicBoxVectors([openmm.Vec3(*v) for v in vectors] * unit.nanometer)
-    return System(system.name, topology, np.concatenate(positions))
+    charge = system.charge * len(positions)
+    return System(system.name, topology, np.concatenate(positions), charge=charge)
 
 
 def _copy_atoms(source: app.Topology, target: app.Topology) -> None:
@@ -210,7 +229,9 @@ def _copy_atoms(source: app.Topology, target: app.Topology) -> None:
         for residue in chain.residues():
             new_residue = target.addResidue(residue.name, new_chain)
             for atom in residue.atoms():
-                copies[atom] = target.addAtom(atom.name, atom.element, new_residue)
+                copies[atom] = target.addAtom(
+                    atom.name, atom.element, new_residue, formalCharge=atom.formalCharge
+                )
     for first, second in source.bonds():
         target.addBond(copies[first], copies[second])
 

@@ -67,8 +67,8 @@ def compare_torsions(job: Job, teacher: Model) -> dict[str, Any]:
     found = {}
     for name in everything if names is None else names:
         scan = torsion_piece(job.store, teacher, name, job.plan.teacher.scan_step).arrays()
-        numbers = load_system(name).numbers
-        structures = [Structure(numbers, x) for x in scan["positions"]]
+        system = load_system(name)
+        structures = [Structure(system.numbers, x, charge=system.charge) for x in scan["positions"]]
         # at the teacher's geometries: two curves at the same points
         mine = np.array([e for e, _ in label(job.model, structures, precision="double")])
         mine -= mine.min()

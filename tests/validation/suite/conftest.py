@@ -46,8 +46,8 @@ class Springs:
             labels.forces[a:b] = -self.stiffness * (pull[:, :, None] * vectors).sum(1)
         return labels
 
-    def system(self, topology, *, precision="single"):
-        return python_system(self, topology, precision)
+    def system(self, topology, *, precision="single", charge=0):
+        return python_system(self, topology, precision, charge)
 
 
 @pytest.fixture
