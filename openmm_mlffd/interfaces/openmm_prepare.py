@@ -17,7 +17,7 @@ except ImportError as error:
     ) from error
 
 from openmm_mlffd.elements import COVALENT_RADII
-from openmm_mlffd.interfaces.openmm_alarm import NoveltyProbe
+from openmm_mlffd.interfaces.openmm_alarm import NoveltyProbe, Sample
 from openmm_mlffd.interfaces.openmm_topology import describe
 from openmm_mlffd.interfaces.openmm_untangle import untangle
 from openmm_mlffd.modelfile import ModelFileError
@@ -37,12 +37,19 @@ LARGEST_MOVE = 0.05
 PUSH_STEPS = 400
 """At most so many of these steps."""
 
+LEASH = 0.3
+"""No atom moves farther [Å] from where it is in one call of OpenMM's minimiser, whose first trial
+moves the atoms by 10 Å in all, however small the forces: far enough to find holes."""
+
 BROKEN = 1.5
 """A bond longer than this many times the sum of the covalent radii is broken."""
 
 _MOBILITY = 0.01  # Å per eV/Å, where forces are small
 _HEATING_STEP = 0.25  # fs
 _HEATING_STAGES = 10
+_WALL = 1e8  # of the leash, kJ/mol/nm⁴
+_LEASHED_CALLS = 50
+_LEASHED_ITERATIONS = 200
 _MINIMUM = 10.0  # kJ/mol/nm, root mean square; it is heated next
 
 
@@ -99,6 +106,7 @@ def prepare(
     model: str | None = None,
     platform: str | None = None,
     seed: int = 1,
+    max_novelty: float | None = None,
     progress: Callable[[str], None] | None = None,
     **keywords: Any,
 ) -> Preparation:
@@ -131,6 +139,10 @@ def prepare(
         Name of an OpenMM platform; None for OpenMM's choice.
     seed
         Of velocities and noise.
+    max_novelty
+        Largest novelty of an atom, after minimisation and at the end; None for the threshold at
+        which a `NoveltyReporter` stops a run, ``float('inf')`` for no limit. Students without
+        statistics have none.
     progress
         Told the name of each stage.
     keywords
@@ -142,7 +154,8 @@ def prepare(
         If hydrogens are missing (says how to add them), the student does not know an element, or
         an argument makes no sense.
     PreparationError
-        If a bond broke on the way: the start was too bad for a student.
+        If a bond broke on the way, or an atom is more novel than it may be: the start was too bad
+        for a student, or fell into a hole of its energy.
     """
     if system is None:
         system = MLPotential("mlffd", model=model).createSystem(topology, **keywords)
@@ -157,7 +170,7 @@ def prepare(
         )
     if hydrogen_mass is not None:
         repartition_hydrogen_mass(system, topology, hydrogen_mass)
-    run = _Run(system, topology, platform, seed, progress or (lambda _: None))
+    run = _Run(system, topology, platform, seed, progress or (lambda _: None), max_novelty)
     timestep = advised_timestep(system)
     run.push_apart(positions)
     run.minimise()
@@ -233,6 +246,7 @@ class _Run:
         platform: str | None,
         seed: int,
         progress: Callable[[str], None],
+        max_novelty: float | None,
     ) -> None:
         self.system = system
         self.stages: list[Stage] = []
@@ -241,6 +255,13 @@ class _Run:
         self._platform = platform
         self._seed = seed
         self._progress = progress
+        self._max_novelty = max_novelty
+        self._probe: NoveltyProbe | None = None
+        self._unmeasured = ""
+        try:
+            self._probe = NoveltyProbe(system)
+        except (ModelFileError, ValueError, openmm.OpenMMException) as error:
+            self._unmeasured = str(error)
         masses = [system.getParticleMass(i)._value for i in range(system.getNumParticles())]
         self._mobile = np.array(masses) > 0.0
         removed = 3 * any(isinstance(f, openmm.CMMotionRemover) for f in system.getForces())
@@ -270,11 +291,41 @@ class _Run:
         self._finish(f"{n_clashes} clashes pushed apart, {step} steps")
 
     def minimise(self) -> None:
-        """OpenMM's minimiser."""
+        """OpenMM's minimiser, with each atom on a leash that is fixed anew in each call."""
         self._progress("minimising")
-        openmm.LocalEnergyMinimizer.minimize(self._context, _MINIMUM, 1000)
+        leash = _leash(self._mobile, self.system.usesPeriodicBoundaryConditions())
+        # not in a copy of the System: not all forces can be copied
+        index = self.system.addForce(leash)
+        try:
+            context = self._make_context(self.system, openmm.VerletIntegrator(0.001))
+            end = self._minimise_leashed(context, leash)
+            del context  # before the force that it refers to
+        finally:
+            self.system.removeForce(index)
+        self._context.setPositions(end)
         self._finish("minimised")
         self._check_bonds("after minimisation")
+        self._check_novelty("after minimisation")
+
+    def _minimise_leashed(
+        self, context: openmm.Context, leash: openmm.CustomExternalForce
+    ) -> NDArray[np.float64]:
+        """Positions at the end [nm]."""
+        atoms = np.flatnonzero(self._mobile)
+        start = self.state.getPositions(asNumpy=True)._value
+        context.setPeriodicBoxVectors(*self.state.getPeriodicBoxVectors())
+        for _ in range(_LEASHED_CALLS):
+            for k, i in enumerate(atoms):
+                leash.setParticleParameters(k, int(i), start[i])
+            leash.updateParametersInContext(context)
+            context.setPositions(start)
+            openmm.LocalEnergyMinimizer.minimize(context, _MINIMUM, _LEASHED_ITERATIONS)
+            end = context.getState(positions=True).getPositions(asNumpy=True)._value
+            moved = np.linalg.norm(end[atoms] - start[atoms], axis=1).max(initial=0.0)
+            start = end
+            if moved * ANGSTROM_PER_NM < 0.1 * LEASH:
+                break
+        return np.array(start)
 
     def heat(self, temperature: float, picoseconds: float) -> None:
         """Langevin dynamics from 50 K upwards."""
@@ -306,18 +357,17 @@ class _Run:
         box = "" if pressure is None else f" and {pressure:g} bar"
         self._finish(f"equilibrated at {temperature:g} K{box}")
         self._check_bonds("in the equilibration")
+        self._check_novelty("in the equilibration")
 
     def advice(self, timestep: float) -> list[str]:
         """What to do next, and what to beware of."""
         lines = [f"time step: {timestep:g} fs with these masses"]
         if timestep < 1.0:
             lines.append("with hydrogens of 3 amu (hydrogen_mass=3) it may be 1 fs")
-        try:
-            probe = NoveltyProbe(self.system)
-        except (ModelFileError, ValueError) as error:
-            return [*lines, f"novelty was not measured: {error}"]
-        sample = probe.sample(self.state)
-        header = probe.novelty.header
+        if self._probe is None:
+            return [*lines, f"novelty was not measured: {self._unmeasured}"]
+        sample = self._probe.sample(self.state)
+        header = self._probe.novelty.header
         verdict = "the student knows such surroundings"
         if sample.novelty > header.warn:
             verdict = (
@@ -370,6 +420,35 @@ class _Run:
                 f"is {lengths[worst]:.2f} Å long {when}: the structure came apart. Minimise it "
                 "with a classical force field first, which cannot break bonds"
             )
+
+    def _check_novelty(self, when: str) -> None:
+        """Holes of the energy keep bonds within their lengths, but are like nothing known."""
+        if self._probe is None:
+            return
+        stop = self._probe.novelty.header.stop if self._max_novelty is None else self._max_novelty
+        sample: Sample = self._probe.sample(self.state)
+        if not sample.novelty <= stop:
+            raise PreparationError(
+                f"atom {sample.atom} has novelty {sample.novelty:.1f} {when}, beyond {stop:.1f}: "
+                "the student knows nothing like its surroundings, and may have fallen into a hole "
+                "of its energy. Minimise with a classical force field first; if the structure is "
+                "right as it is, pass a larger max_novelty"
+            )
+
+
+def _leash(mobile: NDArray[np.bool_], periodic: bool) -> openmm.CustomExternalForce:
+    """Nothing within `LEASH` of a place, a steep wall beyond."""
+    square = "(x-x0)^2+(y-y0)^2+(z-z0)^2"
+    if periodic:
+        square = "periodicdistance(x,y,z,x0,y0,z0)^2"
+    force = openmm.CustomExternalForce(f"wall*max(0,far-reach^2)^2; far={square}")
+    force.addGlobalParameter("wall", _WALL)
+    force.addGlobalParameter("reach", LEASH / ANGSTROM_PER_NM)
+    for name in ("x0", "y0", "z0"):
+        force.addPerParticleParameter(name)
+    for i in np.flatnonzero(mobile):
+        force.addParticle(int(i), [0.0, 0.0, 0.0])
+    return force
 
 
 def _bond_lengths(bonds: list[Any], state: openmm.State, periodic: bool) -> NDArray[np.float64]:

@@ -119,6 +119,58 @@ def test_a_torn_molecule_is_refused(topology, ethanol):
         prepare(topology, positions / 10.0, **SHORT)
 
 
+def test_a_shape_like_nothing_known_is_refused_though_its_bonds_are_whole(topology, ethanol):
+    """A spring holds C–C–O at 60°, with each bond as long as it was."""
+    system = MLPotential("mlffd", device="cpu").createSystem(topology, selfTest=False)
+    bend = openmm.HarmonicBondForce()
+    bend.addBond(0, 2, 0.14, 2e6)
+    system.addForce(bend)
+    settings = {"picoseconds": 0.01, "platform": "Reference", "system": system}
+    with pytest.raises(PreparationError, match=r"has novelty .* after minimisation.*a hole"):
+        prepare(topology, ethanol.positions / 10.0, **settings)
+    found = prepare(topology, ethanol.positions / 10.0, max_novelty=np.inf, **settings)
+    assert (lengths(topology, coordinates(found.state)) < 2.2).all()
+
+
+def test_the_minimiser_does_not_leap_into_a_hole_far_away(make_topology):
+    """A bond near its minimum; a hole where the minimiser's first trial of 10 Å ends."""
+    topology = make_topology([6, 6], np.array([[0.0, 0.0, 0.0], [1.6, 0.0, 0.0]]))
+    system = openmm.System()
+    for _ in range(2):
+        system.addParticle(12.0)
+    force = openmm.CustomBondForce(
+        "400*(1-exp(-20*(r-0.15)))^2*step(0.5-r) + 400*step(r-0.5) - 2000*exp(-((r-1.25)/0.2)^2)"
+    )
+    force.addBond(0, 1)
+    system.addForce(force)
+    start = np.array([[0.0, 0.0, 0.0], [0.16, 0.0, 0.0]])
+    context = openmm.Context(
+        system, openmm.VerletIntegrator(0.001), openmm.Platform.getPlatform("Reference")
+    )
+    context.setPositions(start)
+    openmm.LocalEnergyMinimizer.minimize(context)
+    leapt = coordinates(context.getState(positions=True))
+    assert np.linalg.norm(leapt[1] - leapt[0]) > 10.0
+    found = prepare(topology, start, system=system, picoseconds=0.01, platform="Reference")
+    kept = coordinates(found.state)
+    assert np.linalg.norm(kept[1] - kept[0]) == pytest.approx(1.5, abs=0.2)
+
+
+def test_the_minimiser_goes_as_far_as_it_must(make_topology):
+    """An atom 1.9 Å from where it belongs, six times the length of a leash."""
+    topology = make_topology([6], np.zeros((1, 3)))
+    system = openmm.System()
+    system.addParticle(12.0)
+    force = openmm.CustomExternalForce("500*((x-0.15)^2+(y-0.1)^2+(z+0.05)^2)")
+    force.addParticle(0)
+    system.addForce(force)
+    found = prepare(
+        topology, np.zeros((1, 3)), system=system, picoseconds=0.0, temperature=0.01,
+        platform="Reference",
+    )  # fmt: skip
+    np.testing.assert_allclose(coordinates(found.state)[0], [1.5, 1.0, -0.5], atol=0.1)
+
+
 def test_missing_hydrogens_are_refused_with_the_line_that_adds_them(make_topology, ethanol):
     bare = make_topology(ethanol.numbers[:3], ethanol.positions[:3])
     with pytest.raises(ValueError, match=r"Modeller\(.*addHydrogens.*addMissingHydrogens"):

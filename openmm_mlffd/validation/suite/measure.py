@@ -160,6 +160,7 @@ def _robustness(job: Job) -> dict[str, Task]:
     return {
         "distorted structures": partial(measure_distorted, job),
         "minimisations": partial(measure_minimizations, job),
+        "preparations": partial(measure_minimizations, job, prepared=True),
         **hot,
     }
 

@@ -9,6 +9,7 @@ import numpy as np
 import openmm
 from numpy.typing import NDArray
 
+from openmm_mlffd import prepare
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.units import (
     ANGSTROM_PER_NM,
@@ -29,8 +30,14 @@ SHORTEST = 0.5
 HOLE = 0.5
 """A structure this much below its molecule's minimum [eV] fell into a hole."""
 
+DEEP = 3.0
+"""A molecule's given structure, sound as it is, does not lie so far above its minimum [eV]."""
+
 FUSED = 0.6
 """Atoms nearer than this share of the sum of their covalent radii are fused."""
+
+TORN = 1.5
+"""A bond longer than this many times the sum of the covalent radii is torn."""
 
 CONVERGED = 0.1
 """Largest force [eV/Å] of a minimisation that ended well."""
@@ -88,6 +95,8 @@ def measure_robustness(job: Job) -> dict[str, Any]:
     return {
         "distorted": measure_distorted(job),
         "minimizations": measure_minimizations(job),
+        "preparations": measure_minimizations(job, prepared=True),
+        "relaxations": _relaxations(job),
         "hot": {name: measure_hot(job, name) for name in hot_names(job)},
     }
 
@@ -98,16 +107,36 @@ def hot_names(job: Job) -> list[str]:
     return list(molecules()) if names is None else list(names)
 
 
-def _minima(job: Job) -> dict[str, float]:
-    """Energy of each minimised molecule [eV], by the model itself."""
+def _relaxations(job: Job) -> dict[str, Any]:
+    """Minimisations of the molecules as they are: energies [eV], and those that ended wrong.
+
+    The energy of a molecule that was torn or fused is that of its structure before: what lies
+    below it in a hole is no minimum to compare with.
+    """
     names = dict.fromkeys([*hot_names(job), *_small_names(job)])
 
     def measure(_: Path) -> dict[str, Any]:
-        return {name: minimise(job, load_system(name))["energy"] for name in names}
+        energies, wrong = {}, []
+        for name in names:
+            system = load_system(name)
+            given = job.model.label(pack([Structure(system.numbers, system.positions)])).energy[0]
+            found = minimise(job, system)
+            outcome = verdict(found, float(given) - DEEP)
+            sound = outcome in ("converged", "slow")
+            energy = found["energy"] if sound else float(given)
+            energies[name] = energy if math.isfinite(energy) else None
+            if not sound and outcome != "loud":
+                wrong.append(f"{name} ({outcome})")
+        return {"energies": energies, "silent": len(wrong), "silent_of": wrong}
 
-    settings = {"model": job.model.identity, "names": list(names)}
-    found = job.store.piece("minima", settings, measure).numbers
-    return {name: math.nan if e is None else e for name, e in found.items()}
+    settings = {"model": job.model.identity, "names": list(names), "judged": "with bonds"}
+    return job.store.piece("minima", settings, measure).numbers
+
+
+def _minima(job: Job) -> dict[str, float]:
+    """Energy of each minimised molecule [eV], by the model itself."""
+    energies = _relaxations(job)["energies"]
+    return {name: math.nan if e is None else e for name, e in energies.items()}
 
 
 def _small_names(job: Job) -> list[str]:
@@ -170,24 +199,53 @@ def minimise(job: Job, system: System, start: Structure | None = None) -> dict[s
     -------
     dict
         ``energy`` [eV] and ``largest_force`` [eV/Å] at the end, ``error``: the text of the
-        exception, if there was one, and ``nearest``: the smallest distance of two atoms over the
-        sum of their covalent radii.
+        exception, if there was one, ``nearest`` and ``longest``: the smallest distance of two
+        atoms and the longest bond, each over the sum of their covalent radii.
     """
-    made = job.model.system(system.topology, charge=system.charge)
     positions = system.positions if start is None else start.positions
     try:
+        made = job.model.system(system.topology, charge=system.charge)
         context = make_context(made, openmm.VerletIntegrator(0.001))
         context.setPositions(positions / ANGSTROM_PER_NM)
         openmm.LocalEnergyMinimizer.minimize(context, tolerance=5.0, maxIterations=500)
         state = context.getState(positions=True, energy=True, forces=True)
     except openmm.OpenMMException as error:
-        return {"energy": None, "largest_force": None, "nearest": None, "error": str(error)}
+        return _failed(error)
+    return _describe(system, state)
+
+
+def prepare_start(job: Job, system: System, start: Structure) -> dict[str, Any]:
+    """Bring a structure to rest as users are told to, with `prepare`, and say how it ended."""
+    try:
+        made = job.model.system(system.topology, charge=system.charge)
+        found = prepare(
+            system.topology, start.positions / ANGSTROM_PER_NM, system=made, picoseconds=0.0
+        )
+        context = make_context(made, openmm.VerletIntegrator(0.001))
+        context.setPositions(found.state.getPositions())
+        state = context.getState(positions=True, energy=True, forces=True)
+    except (openmm.OpenMMException, RuntimeError) as error:
+        return _failed(error)
+    result = _describe(system, state)
+    # of the minimum, not of the heated structure that comes after it
+    energies = [s.energy for s in found.stages[1:]]
+    result.update(energy=min(energies), largest_force=found.stages[1].largest_force)
+    return result
+
+
+def _failed(error: Exception) -> dict[str, Any]:
+    numbers = dict.fromkeys(("energy", "largest_force", "nearest", "longest"))
+    return {**numbers, "error": str(error) or repr(error)}
+
+
+def _describe(system: System, state: openmm.State) -> dict[str, Any]:
     forces = state.getForces(asNumpy=True)._value / KJ_PER_MOL_NM_PER_EV_ANGSTROM
     end = state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
     return {
         "energy": state.getPotentialEnergy()._value / KJ_PER_MOL_PER_EV,
         "largest_force": float(np.linalg.norm(forces, axis=1).max()),
         "nearest": _relative_nearest(system.numbers, end),
+        "longest": _relative_longest(system, end),
         "error": "",
     }
 
@@ -196,24 +254,28 @@ def verdict(result: Mapping[str, Any], minimum: float) -> str:
     """How a minimisation ended: ``converged``, ``loud``, ``slow``, or what is wrong.
 
     ``slow`` are finite forces that are not small yet, in a structure that is sound; ``fused``,
-    ``hole`` and ``not finite`` are failures that nothing said aloud.
+    ``torn``, ``hole`` and ``not finite`` are failures that nothing said aloud.
     """
     if result["error"]:
         return "loud"
-    values = (result["energy"], result["largest_force"], result["nearest"])
+    values = [result[k] for k in ("energy", "largest_force", "nearest", "longest")]
     if not all(v is not None and math.isfinite(v) for v in values):
         return "not finite"
     if result["energy"] < minimum - HOLE:
         return "hole"
     if result["nearest"] < FUSED:
         return "fused"
+    if result["longest"] > TORN:
+        return "torn"
     return "converged" if result["largest_force"] < CONVERGED else "slow"
 
 
-def measure_minimizations(job: Job) -> dict[str, Any]:
-    """How minimisations from distorted structures end."""
+def measure_minimizations(job: Job, *, prepared: bool = False) -> dict[str, Any]:
+    """How minimisations from distorted structures end, by OpenMM alone or with `prepare`."""
     minima = _minima(job)
     n = job.plan.robustness.minimizations
+    end = prepare_start if prepared else minimise
+    title = "preparations" if prepared else "minimisations"
 
     def measure(folder: Path) -> dict[str, Any]:
         # the same molecule only: two would need a System of their own
@@ -226,12 +288,12 @@ def measure_minimizations(job: Job) -> dict[str, Any]:
             if path.is_file():
                 outcome = str(read_arrays(path)["outcome"])
             else:
-                outcome = verdict(minimise(job, load_system(name), structure), minima[name])
+                outcome = verdict(end(job, load_system(name), structure), minima[name])
                 write_arrays(path, outcome=np.array(outcome))
-            job.progress("minimisations", i + 1, n)
+            job.progress(title, i + 1, n)
             ends.setdefault(outcome, []).append(f"{name}, {kind}")
             rows.append(outcome)
-        silent = ("not finite", "hole", "fused")
+        silent = ("not finite", "hole", "fused", "torn")
         return {
             "structures": len(rows),
             "outcomes": {k: len(v) for k, v in sorted(ends.items())},
@@ -240,7 +302,7 @@ def measure_minimizations(job: Job) -> dict[str, Any]:
         }
 
     settings = {"model": job.model.identity, "structures": n, "level": job.plan.level}
-    return job.store.piece("minimisations", settings, measure).numbers
+    return job.store.piece(title, settings | {"judged": "with bonds"}, measure).numbers
 
 
 def measure_hot(job: Job, name: str) -> dict[str, Any]:
@@ -281,3 +343,10 @@ def _relative_nearest(numbers: NDArray[np.int64], x: NDArray[np.float64]) -> flo
     radii = np.array([COVALENT_RADII[z] for z in numbers])
     share = np.linalg.norm(x[:, None] - x, axis=2) / (radii[:, None] + radii)
     return float(share[np.triu_indices(len(x), 1)].min())
+
+
+def _relative_longest(system: System, x: NDArray[np.float64]) -> float:
+    radii = np.array([COVALENT_RADII[z] for z in system.numbers])
+    first, second = system.bonds.T
+    share = np.linalg.norm(x[first] - x[second], axis=1) / (radii[first] + radii[second])
+    return float(share.max(initial=0.0))

@@ -10,7 +10,13 @@ from openmm_mlffd.validation.report import FigureBlock, Section, TableBlock, num
 from openmm_mlffd.validation.suite.curves import draw_lines
 from openmm_mlffd.validation.suite.force_figures import draw_cumulative
 from openmm_mlffd.validation.suite.job import Job, SectionResult, named
-from openmm_mlffd.validation.suite.robustness import CONVERGED, HOLE, HOT, measure_robustness
+from openmm_mlffd.validation.suite.robustness import (
+    CONVERGED,
+    HOLE,
+    HOT,
+    TORN,
+    measure_robustness,
+)
 from openmm_mlffd.validation.suite.store import read_arrays
 
 
@@ -25,6 +31,10 @@ def run_robustness(job: Job) -> SectionResult:
               value=float(distorted["holes"])),
         Check(name="minimisations that failed in silence", unit="", high=0.0,
               value=float(minimised["silent"])),
+        Check(name="preparations that failed in silence", unit="", high=0.0,
+              value=float(numbers["preparations"]["silent"])),
+        Check(name="sound molecules whose minimisation failed in silence", unit="", high=0.0,
+              value=float(numbers["relaxations"]["silent"])),
         Check(name=f"runs at {HOT:g} K that did not end well", unit="", high=0.0,
               value=float(sum(bool(h["failure"]) for h in hot.values()))),
         Check(name=f"frames at {HOT:g} K in a hole", unit="", high=0.0,
@@ -41,6 +51,7 @@ def run_robustness(job: Job) -> SectionResult:
 def _section(job: Job, numbers: Mapping[str, Any]) -> Section:
     distorted, minimised, hot = (numbers[k] for k in ("distorted", "minimizations", "hot"))
     arrays = read_arrays(job.store.folder / distorted["folder"] / "arrays.npz")
+    prepared, relaxed = numbers["preparations"], numbers["relaxations"]
     rows = [
         ["distorted structures", f"{distorted['structures']:,}"],
         ["shortest distance in them [Å]", _text(distorted["shortest_distance"])],
@@ -48,8 +59,11 @@ def _section(job: Job, numbers: Mapping[str, Any]) -> Section:
         [f"more than {HOLE} eV below the minimum", _list(distorted, "holes", "hole_of")],
         ["largest force [eV/Å]", _text(distorted["largest_force"])],
         ["minimisations from such starts", str(minimised["structures"])],
-        ["their ends", ", ".join(f"{k}: {v}" for k, v in minimised["outcomes"].items())],
+        ["their ends", _ends(minimised)],
         ["failed in silence", _list(minimised, "silent", "silent_of")],
+        ["ends of `prepare` from the same starts", _ends(prepared)],
+        ["failed in silence there", _list(prepared, "silent", "silent_of")],
+        ["sound molecules that failed in silence", _list(relaxed, "silent", "silent_of")],
         [
             f"molecules at {HOT:g} K, length of each run [ps]",
             f"{len(hot)}, {job.plan.robustness.hot_picoseconds:g}",
@@ -87,8 +101,11 @@ def _section(job: Job, numbers: Mapping[str, Any]) -> Section:
             "Molecules of the suite with atoms displaced, moved onto one another, squeezed, or "
             "pushed into a copy of themselves. A minimisation “converged” if the largest force "
             f"is below {CONVERGED} eV/Å, is “slow” if it is not yet, and “loud” if there was an "
-            "exception. What must not be: atoms that are fused, or an energy below the minimum, "
-            "without an error."
+            "exception. What must not be: atoms that are fused, a bond longer than "
+            f"{TORN} times the sum of the covalent radii, or an energy below the minimum, without "
+            "an error. OpenMM's minimiser is asked directly, and by `prepare`, which pushes atoms "
+            "apart first and refuses what came apart or is like nothing known. The minimiser's "
+            "first trial moves the atoms by 10 Å in all, and may so find holes far away."
         ],
         tables=[TableBlock(caption="Robustness", columns=["quantity", "value"], rows=rows)],
         figures=drawn,
@@ -97,6 +114,10 @@ def _section(job: Job, numbers: Mapping[str, Any]) -> Section:
 
 def _text(value: float | None) -> str:
     return "–" if value is None else number(value)
+
+
+def _ends(numbers: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}: {v}" for k, v in numbers["outcomes"].items())
 
 
 def _list(numbers: Mapping[str, Any], count: str, names: str) -> str:

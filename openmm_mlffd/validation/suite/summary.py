@@ -156,6 +156,8 @@ def _robustness(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
     yield "of them without finite forces", "", numbers["distorted"]["not_finite"]
     yield "of them in a hole", "", numbers["distorted"]["holes"]
     yield "minimisations that failed in silence", "", numbers["minimizations"]["silent"]
+    if "preparations" in numbers:  # reports made before have none
+        yield "preparations that failed in silence", "", numbers["preparations"]["silent"]
 
 
 def _speed(numbers: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
