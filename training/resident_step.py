@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -193,7 +193,7 @@ class ResidentData:
         device = next(potential.parameters()).device
         self.structures = ResidentStructures(source, potential, device, hessian=hessian)
         self._counts = self.structures.counts(config.loss.angle_threshold)
-        every = [part for e in range(config.epochs) for part in self._own(self._plan(e))]
+        every = [part for batches in self._all_epochs() for part in self._own(batches)]
         capacity = self.structures.capacity(every, padded=True)
         self.step = ResidentStep(
             step, self.structures, capacity, config, alone=processes.count == 1
@@ -205,6 +205,14 @@ class ResidentData:
             device,
             self.structures.n_bytes / 1e9,
         )
+
+    def _all_epochs(self) -> Iterator[list[NDArray[np.int64]]]:
+        """Batches of each epoch of the run; a number of steps may need more of them."""
+        epoch, n_steps = 0, 0
+        while epoch < self._config.epochs or n_steps < (self._config.fit_steps or 0):
+            batches = self._plan(epoch)
+            yield batches
+            epoch, n_steps = epoch + 1, n_steps + len(batches)
 
     def load_epoch(self, epoch: int) -> int:
         """Make the batches of an epoch ready; returns how many there are."""

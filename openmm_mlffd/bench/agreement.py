@@ -8,7 +8,7 @@ from openmm import unit
 from openmm_mlffd.bench.systems import Structure, relaxed, water
 from openmm_mlffd.bench.timing import make_potential, make_topology
 from openmm_mlffd.engine import FastEvaluator
-from openmm_mlffd.evaluator import Evaluation
+from openmm_mlffd.evaluator import Evaluation, StudentSource
 from openmm_mlffd.potential import Potential
 from openmm_mlffd.units import ANGSTROM_PER_NM, KJ_PER_MOL_PER_EV
 
@@ -71,9 +71,15 @@ def deviation(
 
 
 def energy_drift(
-    structure: Structure, precision: str, *, platform: str, n_steps: int, time_step: float = 0.0005
+    source: StudentSource,
+    structure: Structure,
+    precision: str,
+    *,
+    platform: str,
+    n_steps: int,
+    time_step: float = 0.0005,
 ) -> dict[str, float]:
-    """Drift and scatter of the total energy at constant energy, after a short equilibration.
+    """Drift and scatter of a student's total energy, after a short equilibration.
 
     Returns
     -------
@@ -82,7 +88,9 @@ def energy_drift(
         it, over ``time`` [ps].
     """
     topology = make_topology(structure)
-    system = make_potential().createSystem(topology, engine="python", precision=precision)
+    system = make_potential(source.locate()).createSystem(
+        topology, engine="python", precision=precision
+    )
     bath = openmm.LangevinMiddleIntegrator(300.0, 10.0, 0.0005)
     bath.setRandomNumberSeed(1)
     integrator = openmm.CompoundIntegrator()

@@ -239,7 +239,7 @@ class Bench:
 
     def _step(self, structure: Structure, engine: str | None, precision: str) -> dict[str, Any]:
         found = timing.step_time(
-            structure, engine=engine, precision=precision, platform=self.platform,
+            self.source, structure, engine=engine, precision=precision, platform=self.platform,
             device=str(self.device),
         )  # fmt: skip
         return {"step": found["median"], "step_fastest": found["fastest"], "n_step": found["n"]}
@@ -250,7 +250,7 @@ class Bench:
         structure = structure._replace(positions=self._relaxed(structure))
         for precision in ("single", "mixed"):
             measure = partial(
-                agreement.energy_drift, structure, precision, platform=self.platform,
+                agreement.energy_drift, self.source, structure, precision, platform=self.platform,
                 n_steps=100 if small else 10_000,
             )  # fmt: skip
             yield self._guarded({"atoms": len(structure.numbers), "precision": precision}, measure)

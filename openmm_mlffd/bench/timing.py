@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,12 +64,20 @@ def evaluation_time(
 
 
 def step_time(
-    structure: Structure, *, engine: str | None, precision: str, platform: str, device: str | None
+    source: StudentSource,
+    structure: Structure,
+    *,
+    engine: str | None,
+    precision: str,
+    platform: str,
+    device: str | None,
 ) -> dict[str, float]:
     """Median time [s] of a step of 1 fs with a Langevin integrator, of blocks of steps.
 
     Parameters
     ----------
+    source
+        The student.
     structure
         Atoms, not far from equilibrium.
     engine
@@ -86,7 +95,7 @@ def step_time(
         for atom in topology.atoms():
             system.addParticle(atom.element.mass)
     else:
-        system = make_potential().createSystem(
+        system = make_potential(source.locate()).createSystem(
             topology, engine=engine, precision=precision,
             device=None if engine == "torchscript" else device,
         )  # fmt: skip
@@ -237,15 +246,21 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def make_potential() -> MLPotential:
-    """The potential, also where the package is not installed and has no entry point."""
+def make_potential(path: Path | None = None) -> MLPotential:
+    """The potential of a student, also where the package is not installed and has no entry point.
+
+    Parameters
+    ----------
+    path
+        Student file; None for the default student.
+    """
     from openmm_mlffd.interfaces.openmm_factory import MLFFDPotentialImplFactory
 
     try:
-        return MLPotential("mlffd")
+        return MLPotential("mlffd", modelPath=path)
     except ValueError:
         MLPotential.registerImplFactory("mlffd", MLFFDPotentialImplFactory())
-        return MLPotential("mlffd")
+        return MLPotential("mlffd", modelPath=path)
 
 
 def make_topology(structure: Structure) -> app.Topology:

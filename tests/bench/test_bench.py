@@ -8,6 +8,8 @@ import pytest
 pytest.importorskip("warp")
 pytest.importorskip("openmmml")
 
+from openmmml import MLPotential
+
 from openmm_mlffd.bench import floors as floors_module
 from openmm_mlffd.bench import run, timing
 from openmm_mlffd.bench.compare import OtherDeviceError, slower
@@ -106,6 +108,23 @@ def test_what_fails_is_told_and_the_rest_is_measured(make_bench, monkeypatch):
     rows = json.loads((bench.output / "bench.json").read_text())["speed"]
     assert "error" not in rows[0]
     assert rows[1]["error"] == "RuntimeError: no more time"
+
+
+@pytest.mark.parametrize("section", ["speed", "drift"])
+def test_steps_are_those_of_the_student_that_was_named(make_bench, monkeypatch, section):
+    monkeypatch.setattr(timing, "N_SAMPLES", 2)
+    named = []
+
+    class Recorded(MLPotential):
+        def __init__(self, name, **keywords):
+            named.append(Path(keywords["modelPath"]))
+            super().__init__(name, **keywords)
+
+    monkeypatch.setattr(timing, "MLPotential", Recorded)
+    bench = make_bench()
+    assert bench.run([section])
+    assert {StudentSource.find(path).sha256 for path in named} == {bench.source.sha256}
+    assert bench.source.sha256 != StudentSource.find().sha256
 
 
 def test_callback_and_batches_are_timed(make_bench, monkeypatch):

@@ -222,3 +222,19 @@ def test_padded_steps_make_the_weights_of_plain_steps(source, kind, request):
         weights.append([p.detach().clone() for p in student.parameters()])
     for a, b in zip(*weights, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-7)
+
+
+def test_steps_beyond_the_epochs_find_room(source, potential):
+    """Padding is for the largest batch of the run; later epochs are shuffled otherwise."""
+    config = TrainConfig(data=None, batch_atoms=60, epochs=1, fit_steps=400, compile="off")
+    student = potential.train()
+    data = ResidentData(
+        source, student, TrainingStep(student, student, config), config, processes=Processes()
+    )
+    sizes, epoch, n_steps = [], 0, 0
+    while n_steps < 400:
+        n_steps += data.load_epoch(epoch)
+        sizes.append(max(len(part) for part in data.step._parts))
+        epoch += 1
+    assert epoch > 10
+    assert sizes[0] < max(sizes) < data.step.capacity.structures
