@@ -77,7 +77,7 @@ def pareto(
     output: Annotated[Path, typer.Option("--output", "-o", help="Figure to write, .svg.")],
     against: Annotated[
         str,
-        typer.Option(help="What errors are drawn against: speed, structures, minutes, steps."),
+        typer.Option(help="Against what: speed, evaluation, structures, minutes or steps."),
     ] = "speed",
     atoms: Annotated[int, typer.Option(help="Size whose time per step is taken.")] = 1000,
     split: Annotated[str, typer.Option(help="Of the errors: val or test.")] = "test",

@@ -20,11 +20,15 @@ except ImportError as error:
 
 AXES = {
     "speed": "time per step [ms]",
+    "evaluation": "time per evaluation [ms]",
     "structures": "training structures",
     "minutes": "training time [minutes]",
     "steps": "training steps",
 }
 """What errors are drawn against."""
+
+TIMES = {"speed": "step", "evaluation": "bare"}
+"""Times, and their names in a benchmark: of a step in OpenMM, of energy and forces alone."""
 
 _STYLE: Any = {
     "font.size": 9.0,
@@ -95,7 +99,7 @@ def dots_of(
     for point in points:
         table = point["errors"].get(split)
         x = {
-            "speed": step_time(point, atoms),
+            **{axis: time_of(point, atoms, name) for axis, name in TIMES.items()},
             "structures": point["train_structures"],
             "minutes": point["minutes"],
             "steps": point["steps"],
@@ -112,10 +116,10 @@ def dots_of(
     return sorted(dots, key=lambda d: (d.x, d.force_mae))
 
 
-def step_time(point: Mapping[str, Any], atoms: int) -> float | None:
-    """Time of a step [ms] at the nearest number of atoms; None if there is none."""
+def time_of(point: Mapping[str, Any], atoms: int, name: str) -> float | None:
+    """One of `TIMES` [ms] at the nearest number of atoms; None if there is none."""
     rows = [] if point["speed"] is None else point["speed"]["rows"]
-    times = {r["atoms"]: 1e3 * r["step"] for r in rows if r["engine"] != "none" and "step" in r}
+    times = {r["atoms"]: 1e3 * r[name] for r in rows if r["engine"] != "none" and name in r}
     if not times:
         return None
     return float(times[min(times, key=lambda n: abs(math.log(n / atoms)))])
@@ -138,7 +142,7 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(5.6, 4.0), layout="constrained")
         axes = figure.add_subplot()
-        front = front_of(dots) if against == "speed" else list(dots)
+        front = front_of(dots) if against in TIMES else list(dots)
         axes.plot([d.x for d in front], [d.force_mae for d in front], color=_LINE, lw=1.0, zorder=1)
         for dot in dots:
             color = _FRONT if dot in front else _OTHER
@@ -150,7 +154,7 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
             axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
             axis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.3g}"))
             axis.set_tick_params(which="both", labelsize=8)
-        label = AXES[against] + (f", {atoms:,} atoms" if against == "speed" else "")
+        label = AXES[against] + (f", {atoms:,} atoms" if against in TIMES else "")
         axes.set_xlabel(label)
         axes.set_ylabel("force MAE [meV/Å]")
         for dot in dots:
@@ -166,7 +170,7 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
 
 def format_dots(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
     """The figure's numbers as a Markdown table."""
-    front = front_of(dots) if against == "speed" else []
+    front = front_of(dots) if against in TIMES else []
     heads = ["student", AXES[against], "force MAE [meV/Å]", "energy MAE [meV/atom]", "weights",
              "steps", "minutes", "structures", ""]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * 7 + "---|"]
@@ -179,10 +183,11 @@ def format_dots(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     hosts = {json.dumps(d.content["speed"]["host"], sort_keys=True) for d in dots
-             if against == "speed" and d.content["speed"]}  # fmt: skip
-    if against == "speed":
+             if against in TIMES and d.content["speed"]}  # fmt: skip
+    if against in TIMES:
         measured = sorted(json.loads(h)["device"] for h in hosts)
-        lines += ["", f"Times per step at about {atoms:,} atoms on {'; '.join(measured)}."]
+        what = AXES[against].removeprefix("time ").removesuffix(" [ms]")
+        lines += ["", f"Times {what} at about {atoms:,} atoms on {'; '.join(measured)}."]
     if len(hosts) > 1:
         lines.append("They were measured on different machines or versions: not comparable.")
     return "\n".join(lines) + "\n"

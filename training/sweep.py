@@ -189,10 +189,12 @@ def _run(config: SweepConfig, base: Path, point: Point, folder: Path, echo: Echo
 
 def _bench(student: Path, folder: Path, sizes: Sequence[int], echo: Echo) -> Any:
     """Times per step, by another process; None, with a line, where they cannot be had."""
+    is_plain = load_student(student).header.architecture["kind"] == "painn"
     command = [
         sys.executable, "-m", "openmm_mlffd.cli", "bench", str(student),
-        "-o", str(folder / "bench"), "--sections", "speed", "--engines", "python",
-        "--precisions", "single", "--sizes", ",".join(map(str, sizes)),
+        "-o", str(folder / "bench"), "--sections", "speed",
+        "--engines", "python" if is_plain else "eager", "--precisions", "single",
+        "--sizes", ",".join(map(str, sizes)),
     ]  # fmt: skip
     with (folder / "bench.log").open("w") as output:
         subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)

@@ -26,7 +26,13 @@ def point(name, step, force_mae, **changes):
     rows = [
         {"atoms": 50, "engine": "none", "step": 1e-5},
         {"atoms": 50, "engine": "python", "precision": "single", "step": 2e-4},
-        {"atoms": 999, "engine": "python", "precision": "single", "step": 1e-3 * step},
+        {
+            "atoms": 999,
+            "engine": "python",
+            "precision": "single",
+            "step": 1e-3 * step,
+            "bare": 4e-4 * step,
+        },
         {"atoms": 5000, "engine": "python", "precision": "single", "error": "out of memory"},
     ]
     return {
@@ -57,6 +63,11 @@ def test_front_has_those_that_none_is_faster_and_better_than(folder):
     assert [d.name for d in dots] == ["fast", "middle", "bad", "slow"]
     assert [d.x for d in dots] == pytest.approx([0.3, 0.6, 0.8, 2.0])
     assert [d.name for d in plots.front_of(dots)] == ["fast", "middle", "slow"]
+    alone = plots.dots_of(plots.read_points([folder]), against="evaluation", atoms=50, split="val")
+    assert [d.x for d in alone] == pytest.approx([0.12, 0.24, 0.32, 0.8])
+    assert "per evaluation at about 50 atoms" in plots.format_dots(
+        alone, against="evaluation", atoms=50
+    )
     at_50 = plots.dots_of(plots.read_points([folder]), against="speed", atoms=60, split="val")
     assert {d.x for d in at_50} == {0.2}
 
@@ -99,7 +110,9 @@ def test_nothing_to_draw_is_said(folder, tmp_path):
         )
     with pytest.raises(ValueError, match=r"no point\.json in .*nowhere"):
         plots.read_points([tmp_path / "nowhere"])
-    with pytest.raises(ValueError, match="drawn against speed, structures, minutes, steps"):
+    with pytest.raises(
+        ValueError, match="drawn against speed, evaluation, structures, minutes, steps"
+    ):
         plots.dots_of([], against="colour", atoms=1000, split="test")
     with pytest.raises(ValueError, match="no student has errors on the split 'train'"):
         plots.dots_of(plots.read_points([folder]), against="speed", atoms=1000, split="train")
