@@ -178,7 +178,8 @@ def format_dots(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
         c = d.content
         cells = [
             d.name, f"{d.x:.4g}", f"{d.force_mae:.1f}", f"{d.energy_mae:.2f}", f"{d.weights:,}",
-            str(c["steps"]), f"{c['minutes']:g}", str(c["train_structures"]),
+            str(c["steps"]), "–" if c["minutes"] is None else f"{c['minutes']:g}",
+            str(c["train_structures"]),
             "front" if d in front else "",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")

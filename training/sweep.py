@@ -146,9 +146,14 @@ def run_sweep(
     return finished
 
 
+def _steps(point: Point) -> str:
+    """Steps that it was given, as text; empty if it was given a time."""
+    given = [o.partition("=")[2] for o in point.overrides if o.startswith("fit_steps=")]
+    return given[0] if given else ""
+
+
 def _length(point: Point) -> str:
-    steps = [o.partition("=")[2] for o in point.overrides if o.startswith("fit_steps=")]
-    return f"{steps[0]} steps" if steps else f"{point.minutes:g} minutes"
+    return f"{_steps(point)} steps" if _steps(point) else f"{point.minutes:g} minutes"
 
 
 def _time_later(config: SweepConfig, point: Point, folder: Path, echo: Echo) -> None:
@@ -213,7 +218,7 @@ def _write_point(
         "format": FORMAT,
         "version": 1,
         "name": point.name,
-        "minutes": point.minutes,
+        "minutes": None if _steps(point) else point.minutes,
         "settings": point.overrides,
         "architecture": header.architecture,
         "cutoff": header.cutoff,

@@ -49,7 +49,7 @@ def folder(tmp_path):
     points = [
         point("fast", 0.3, 60.0), point("middle", 0.6, 40.0, minutes=8.0),
         point("bad", 0.8, 50.0, train_structures=500), point("slow", 2.0, 30.0),
-        point("untimed", 1.0, 20.0, speed=None),
+        point("untimed", 1.0, 20.0, speed=None, minutes=None),
     ]  # fmt: skip
     for content in points:
         place = tmp_path / "points" / content["name"]
@@ -100,7 +100,11 @@ def test_learning_curves_are_drawn_against_structures_and_time(folder):
     assert {d.x for d in by_steps} == {1000.0}
     by_time = plots.dots_of(points, against="minutes", atoms=1000, split="test")
     assert by_time[-1].name == "middle"
-    assert "untimed" in plots.format_dots(by_time, against="minutes", atoms=1000)
+    assert "untimed" not in {d.name for d in by_time}  # it was given steps
+    assert "| untimed | 1000 | 20.0 | 1.00 | 100,000 | 1000 | – | 5000 |" in plots.format_dots(
+        by_steps, against="steps", atoms=1000
+    )
+    assert "middle" in plots.format_dots(by_time, against="minutes", atoms=1000)
 
 
 def test_nothing_to_draw_is_said(folder, tmp_path):
