@@ -17,14 +17,18 @@ def active(
     max_minutes: Annotated[
         float | None, typer.Option(help="Stop after so long; the same command goes on.")
     ] = None,
+    labels_only: Annotated[
+        bool, typer.Option("--labels-only", help="End when a round has labels; do not train.")
+    ] = False,
 ) -> None:
     """Explore with a student, label what it does not know, train it; exit code 3: unfinished."""
     from openmm_mlffd.training.active.config import load_active
     from openmm_mlffd.training.active.loop import run_active
 
     outcome = run_active(
-        load_active(config, overrides or []), max_minutes=max_minutes, echo=typer.echo
-    )
+        load_active(config, overrides or []), max_minutes=max_minutes, labels_only=labels_only,
+        echo=typer.echo,
+    )  # fmt: skip
     typer.echo(f"current student: {outcome.student}")
     if not outcome.finished:
         raise typer.Exit(3)

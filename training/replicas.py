@@ -279,13 +279,16 @@ class Guard:
         At their start, whose bonds and energies are what they are measured by.
     limits
         What counts as a failure.
+    free
+        Atoms whose bonds may break.
     """
 
-    def __init__(self, replicas: Replicas, limits: Failure) -> None:
+    def __init__(self, replicas: Replicas, limits: Failure, free: Sequence[int] = ()) -> None:
         self.replicas, self.limits = replicas, limits
         self._radii = np.array(COVALENT_RADII)[replicas.numbers]
         first, second, shift, length = self._pairs(BOND)
         once = (first < second) | ((first == second) & (shift > 0).any(1))
+        once &= ~(np.isin(first, free) | np.isin(second, free))
         self.first, self.second = first[once], second[once]
         self._shift = np.zeros((int(once.sum()), 3)) if replicas.cell is None else shift[once]
         self.length = length[once]

@@ -267,12 +267,28 @@ def test_student_that_got_worse_is_not_accepted(write_config, tmp_path, world):
         ("training.share=1.0", "training.share is a share between 0 and 1"),
         ("accept.split=train", "accept.split must be val or test"),
         ("accept.terms=[speed]", "accept.terms must be of force_mae"),
+        ("explore.pull=1.5", "explore.pull is a share from 0 to 1, got 1.5"),
         ("explore.picoseconds=0", "explore.picoseconds must be positive"),
     ],
 )
 def test_wrong_setting_is_refused(write_config, override, message):
     with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
         load_active(write_config(), [override])
+
+
+def test_labels_only_ends_before_the_training_and_can_be_gone_on_with(write_config, tmp_path):
+    config, said = load_active(write_config(), ["rounds=1"]), []
+    outcome = run_active(config, labels_only=True, echo=said.append)
+    labels = tmp_path / "loop/round-001/labels/dataset.h5"
+    assert outcome.finished
+    assert not outcome.rounds
+    assert said[-1] == f"{labels}: labels of round 1; no training was wanted"
+    with Dataset(labels) as dataset:
+        assert len(dataset) > 3
+    before = labels.stat().st_mtime_ns
+    assert not (tmp_path / "loop/round-001/train-0").exists()
+    assert len(run_active(config, echo=said.append).rounds) == 1
+    assert labels.stat().st_mtime_ns == before
 
 
 def test_other_settings_in_the_same_folder_are_refused(write_config):

@@ -39,6 +39,10 @@ class ExploreConfig:
     batch_atoms: int = 2000
     """Molecules of so many atoms together are evaluated at once."""
 
+    pull: float = 0.0
+    """Share of the molecules in which a hydrogen is drawn from its atom to another one nearby:
+    structures of transfers, which undisturbed dynamics seldom shows. Boxes have none."""
+
     committee: list[str] = field(default_factory=list)
     """Further students; with any, disagreement takes the place of novelty."""
 
@@ -219,6 +223,10 @@ def _check(config: ActiveConfig, where: str) -> None:
             raise ConfigError(f"{where}: {name} must be positive, got {value}")
     if not config.explore.temperatures or min(config.explore.temperatures) <= 0:
         raise ConfigError(f"{where}: explore.temperatures must be positive numbers [K]")
+    if not 0 <= config.explore.pull <= 1:
+        raise ConfigError(
+            f"{where}: explore.pull is a share from 0 to 1, got {config.explore.pull:g}"
+        )
     if not 0 < config.training.share < 1:
         raise ConfigError(
             f"{where}: training.share is a share between 0 and 1, got {config.training.share:g}"

@@ -14,6 +14,7 @@ from openmm_mlffd.modelfile import read_header
 from openmm_mlffd.novelty import NoveltyMeter, load_novelty
 from openmm_mlffd.storage import replacing
 from openmm_mlffd.training.active.config import ExploreConfig
+from openmm_mlffd.training.active.pulls import PulledForces, choose_pulls
 from openmm_mlffd.training.hdf5 import Structures
 from openmm_mlffd.training.replicas import EvaluatorForces, Failure, Guard, Replica, Replicas
 
@@ -148,15 +149,21 @@ def explore(
             )
         )
     numbers = np.concatenate([r.numbers for r in replicas])
-    forces, score = _open(students, numbers)
+    plain, score = _open(students, numbers)
+    forces = PulledForces(plain)
     dynamics = Replicas(
         replicas, forces, cutoff=read_header(students.paths[0]).cutoff, rng=rng,
         timestep=config.timestep, friction=config.friction,
     )  # fmt: skip
-    collector = _Collector(dynamics, config, threshold_of(config, students))
+    if config.pull:
+        forces.start(choose_pulls(dynamics, config.pull, rng), dynamics.positions)
+    collector = _Collector(
+        dynamics, config, threshold_of(config, students), [p.hydrogen for p in forces.pulls]
+    )
     n_steps = max(1, round(1e3 * config.picoseconds / config.timestep))
     for done in range(0, n_steps, config.look):
         length = min(config.look, n_steps - done)
+        forces.move(done / n_steps)
         collector.look(dynamics.run(length), score)
         progress(length)
         if not dynamics.moving.any():
@@ -180,11 +187,14 @@ def _open(students: Students, numbers: NDArray[np.int64]) -> tuple[EvaluatorForc
 class _Collector:
     """Notes the frames of a batch that are to be kept."""
 
-    def __init__(self, dynamics: Replicas, config: ExploreConfig, threshold: float) -> None:
+    def __init__(
+        self, dynamics: Replicas, config: ExploreConfig, threshold: float, free: Sequence[int]
+    ) -> None:
         self._dynamics, self._config, self._threshold = dynamics, config, threshold
         self._guard = Guard(
             dynamics,
             Failure(closest=config.closest, stretched=config.stretched, energy=config.energy_jump),
+            free=free,
         )
         self._recent: list[deque[dict[str, Any]]] = [
             deque(maxlen=config.before_failure) for _ in range(len(dynamics))

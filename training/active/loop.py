@@ -82,6 +82,10 @@ class Unfinished(Exception):
     """The loop has to be gone on with by the same command."""
 
 
+class OnlyLabels(Exception):
+    """A round has labels, and no more is wanted."""
+
+
 class Outcome(NamedTuple):
     """What a loop came to."""
 
@@ -96,7 +100,11 @@ class Outcome(NamedTuple):
 
 
 def run_active(
-    config: ActiveConfig, *, max_minutes: float | None = None, echo: Echo = log.info
+    config: ActiveConfig,
+    *,
+    max_minutes: float | None = None,
+    labels_only: bool = False,
+    echo: Echo = log.info,
 ) -> Outcome:
     """Do all rounds, or go on with them.
 
@@ -106,6 +114,8 @@ def run_active(
         Everything that decides the result.
     max_minutes
         Stop after so long, between batches of runs or in the training.
+    labels_only
+        End when a round has labels, before the training; a later call without goes on.
     echo
         Is given lines of text.
 
@@ -120,9 +130,12 @@ def run_active(
     with locked(folder, KIND):
         _same_settings(folder, config)
         loop = _Loop(config, folder, Deadline(max_minutes), echo)
+        loop.labels_only = labels_only
         finished = True
         try:
             loop.run()
+        except OnlyLabels as where:
+            echo(str(where))
         except Unfinished as reason:
             echo(str(reason))
             finished = False
@@ -154,7 +167,7 @@ class _Loop:
 
     def __init__(self, config: ActiveConfig, folder: Path, deadline: Deadline, echo: Echo) -> None:
         self.config, self.folder = config, folder
-        self.deadline, self.echo = deadline, echo
+        self.deadline, self.echo, self.labels_only = deadline, echo, False
         self.students = [find_student(s) for s in (config.student, *config.explore.committee)]
         self.rounds: list[dict[str, Any]] = []
         self.held_out = HeldOut.of(config.data)
@@ -216,6 +229,8 @@ class _Round:
         if not mine.exists():
             self._write(summary, None)
             return
+        if self.loop.labels_only:
+            raise OnlyLabels(f"{mine}: labels of round {self.number}; no training was wanted")
         self._mix([*new, mine])
         for k in range(len(self.loop.students)):
             self._train(k)
