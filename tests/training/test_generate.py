@@ -214,6 +214,25 @@ def test_excluded_molecules_are_in_no_structure(recipe, tmp_path):
     assert "CC#N" in groups
 
 
+def test_torn_molecules_are_made_by_a_recipe_of_the_package(recipe, tmp_path):
+    torn = load_recipe(BROAD.with_name("torn.yaml"))
+    assert torn.recipe.exclude == load_recipe(BROAD).recipe.exclude
+    assert {s.sampling.method for s in torn.subsets.values()} == {"torn"}
+    settings = {"method": "torn", "torn": "[0]", "scale": "[0.6, 0.7]"}
+    overrides = [f"subsets.pairs.sampling.{k}={v}" for k, v in settings.items()]
+    summary = generate(
+        load_recipe(recipe, overrides), tmp_path / "out", workers=HERE, progress=False
+    )
+    found, _, names = contents(summary.dataset)
+    shortest = {}
+    for i, subset in enumerate(found.subset):
+        x = found.positions[found.offsets[i] : found.offsets[i + 1]].astype(float)
+        distance = np.linalg.norm(x[:, None] - x, axis=-1) + 9 * np.eye(len(x))
+        shortest.setdefault(int(subset), []).append(distance.min())
+    assert max(shortest[names.index("pairs")]) < 0.75  # 0.7 of a bond of 0.96 Å
+    assert min(shortest[names.index("alcohols")]) > 0.75
+
+
 def test_recipe_that_comes_with_the_package_is_valid():
     loaded = load_recipe(BROAD)
     assert loaded.recipe.exclude == ["benchmarks.inchikeys", "spice_test.inchikeys"]
@@ -228,6 +247,9 @@ def test_recipe_that_comes_with_the_package_is_valid():
         ("subsets.pairs.kind=cluster", "needs a `kind`, one of molecules, clusters, boxes, files"),
         ("subsets.pairs.sampling.method=mc", "sampling.method must be one of md, modes, rattle"),
         ("subsets.pairs.sampling.temperatures=[0]", "temperatures must be positive"),
+        ("subsets.water.sampling.method=modes", "boxes are sampled by md, not by .* modes"),
+        ("subsets.pairs.sampling.lengths=[0.5]", "sampling.lengths must be two positive numbers"),
+        ("subsets.pairs.sampling.torn=[-1]", "sampling.torn must be numbers from 0"),
         ("subsets.water.edges=[9,8]", "edges must be two positive numbers, the smaller first"),
         ("subsets.alcohols.sources=[]", "needs sources of molecules"),
         ("subsets.alcohols.sources=[{}]", "a source has either a file or peptides"),

@@ -17,6 +17,7 @@ from openmm_mlffd.training.generation.sampling import (
     sample,
     sample_modes,
 )
+from openmm_mlffd.training.generation.tearing import bonds_of, side_of, tear
 from openmm_mlffd.units import BOLTZMANN, KJ_PER_MOL_PER_EV
 
 
@@ -118,18 +119,18 @@ def test_displacements_along_modes_have_the_energy_of_the_temperature():
     assert np.sqrt((moves**2).sum(2).mean(0)).max() < 0.6
 
 
-@pytest.mark.parametrize("method", ["md", "modes", "rattle", "none"])
+@pytest.mark.parametrize("method", ["md", "modes", "rattle", "torn", "none"])
 def test_every_method_gives_what_was_asked_for(method):
     molecule = embed("CO", 1)
     x = np.array(molecule.GetConformer().GetPositions())
     config = SamplingConfig(method=method, frames=3, equilibration=5, interval=5)
-    found = list(
-        sample(RdkitForces(molecule), x, masses_of(molecule), config, np.random.default_rng(0))
-    )
+    rng = np.random.default_rng(0)
+    forces, numbers = RdkitForces(molecule), numbers_of(molecule)
+    found = list(sample(forces, x, numbers, masses_of(molecule), config, rng))
     assert len(found) == (1 if method == "none" else 3)
     warm = [s.temperature for s in found]
-    assert np.isnan(warm).all() == (method in ("rattle", "none"))
-    if method in ("md", "modes"):
+    assert np.isnan(warm).all() == (method in ("rattle", "torn", "none"))
+    if method in ("md", "modes", "torn"):
         assert abs(found[0].positions - found[1].positions).max() > 1e-3
 
 
@@ -137,8 +138,60 @@ def test_configurations_with_large_forces_are_left_out():
     molecule = embed("CO", 1)
     x = np.array(molecule.GetConformer().GetPositions())
     config = SamplingConfig(frames=3, equilibration=5, interval=5, max_force=1e-3)
-    forces = RdkitForces(molecule)
-    assert not list(sample(forces, x, masses_of(molecule), config, np.random.default_rng(0)))
+    forces, rng = RdkitForces(molecule), np.random.default_rng(0)
+    assert not list(sample(forces, x, numbers_of(molecule), masses_of(molecule), config, rng))
+
+
+def test_torn_bonds_have_the_lengths_asked_for_and_fragments_stay_whole():
+    molecule = embed("CCO", 1)
+    x, z = np.array(molecule.GetConformer().GetPositions()), numbers_of(molecule)
+    bonds = bonds_of(z, x)
+    assert set(bonds) == {
+        tuple(sorted((b.GetBeginAtomIdx(), b.GetEndAtomIdx()))) for b in molecule.GetBonds()
+    }
+    config = SamplingConfig(method="torn", torn=[1], lengths=[0.6, 3.0])
+    rng, factors, which = np.random.default_rng(0), [], set()
+    before = np.array([np.linalg.norm(x[i] - x[j]) for i, j in bonds])
+    for _ in range(300):
+        moved = tear(x, z, config, rng)
+        after = np.array([np.linalg.norm(moved[i] - moved[j]) for i, j in bonds])
+        changed = np.flatnonzero(abs(after / before - 1) > 1e-9)
+        assert len(changed) <= 1  # all other bonds are as they were
+        for k in changed.tolist():
+            factors.append(after[k] / before[k])
+            which.add(bonds[k])
+    assert which == set(bonds)
+    assert 0.6 <= min(factors) < 0.65
+    assert 2.7 < max(factors) <= 3.0
+    assert np.median(factors) == pytest.approx(np.sqrt(0.6 * 3.0), rel=0.12)
+
+
+def test_atoms_of_a_ring_leave_it_with_their_hydrogens():
+    molecule = embed("C1CCCC1", 1)
+    x, z = np.array(molecule.GetConformer().GetPositions()), numbers_of(molecule)
+    bonds = bonds_of(z, x)
+    side = side_of(1, 0, bonds, len(z))
+    assert sorted(z[side].tolist()) == [1, 1, 6]
+    assert side[1]
+    hydrogen = next(j for i, j in bonds if i == 1 and z[j] == 1)
+    assert side_of(hydrogen, 1, bonds, len(z)).sum() == 1
+    assert side_of(1, hydrogen, bonds, len(z)).sum() == len(z) - 1
+
+
+def test_molecules_are_scaled_and_atoms_never_on_one_another():
+    molecule = embed("c1ccccc1", 1)
+    x, z = np.array(molecule.GetConformer().GetPositions()), numbers_of(molecule)
+    config = SamplingConfig(method="torn", torn=[0], scale=[0.7, 1.1])
+    rng = np.random.default_rng(0)
+    scales = [np.linalg.norm(tear(x, z, config, rng)) / np.linalg.norm(x) for _ in range(100)]
+    assert 0.7 <= min(scales) < 0.72
+    assert 1.08 < max(scales) <= 1.1
+    hard = SamplingConfig(method="torn", torn=[3], lengths=[0.2, 0.5])
+    radii = np.array(COVALENT_RADII)[z]
+    for _ in range(50):
+        moved = tear(x, z, hard, rng)
+        distance = np.linalg.norm(moved[:, None] - moved, axis=-1) + 9 * np.eye(len(z))
+        assert (distance / (radii[:, None] + radii)).min() > 0.4
 
 
 def test_rattle_has_the_width_asked_for():

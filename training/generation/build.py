@@ -152,8 +152,9 @@ def _sample_molecule(
     start: NDArray[np.float64],
     rng: np.random.Generator,
 ) -> list[Frame]:
-    found = sample(_forces(molecule, sampling), start, masses_of(molecule), sampling, rng)
     charge, numbers = Chem.GetFormalCharge(molecule), numbers_of(molecule)
+    forces = _no_forces if sampling.method == "torn" else _forces(molecule, sampling)
+    found = sample(forces, start, numbers, masses_of(molecule), sampling, rng)
     return [
         Frame(
             numbers=numbers,
@@ -252,7 +253,9 @@ def _sample_start(
     table = Chem.GetPeriodicTable()
     masses = np.array([table.GetAtomicWeight(int(z)) for z in frame.numbers])
     forces: Forces
-    if sampling.method in ("none", "rattle"):
+    if sampling.method in ("modes", "torn") and frame.cell is not None:
+        raise SamplingError(f"it has a box, which sampling.method: {sampling.method} does not know")
+    if sampling.method in ("none", "rattle", "torn"):
         forces = _no_forces
     elif sampling.method == "student":
         forces = StudentForces(frame.numbers, sampling.student, frame.cell, frame.pbc)
@@ -270,4 +273,4 @@ def _sample_start(
             "there are no bonds in the file, which force fields need; sample it with "
             "method: rattle, student or none"
         )
-    return list(sample(forces, frame.positions, masses, sampling, rng))
+    return list(sample(forces, frame.positions, frame.numbers, masses, sampling, rng))

@@ -7,7 +7,7 @@ from typing import Any
 
 from openmm_mlffd.training.config import ConfigError, check_keys, read_settings, typed
 
-METHODS = ("md", "modes", "rattle", "student", "none")
+METHODS = ("md", "modes", "rattle", "student", "torn", "none")
 CAPS = ("ace-nme", "ace-nh2", "zwitterion", "neutral")
 
 
@@ -17,7 +17,8 @@ class SamplingConfig:
 
     method: str = "md"
     """"md" or "modes" with the force field, "student" for dynamics with a student, "rattle" for
-    random displacements alone, "none" for the structure itself."""
+    random displacements alone, "torn" for molecules with bonds that are far too long or short,
+    "none" for the structure itself."""
 
     conformers: int = 1
     """Conformers of a molecule; each is sampled at one temperature."""
@@ -45,6 +46,16 @@ class SamplingConfig:
 
     student: str | None = None
     """Bundled name or file of the student; None for the default."""
+
+    torn: list[int] = field(default_factory=lambda: [1, 1, 2, 3])
+    """Numbers of bonds that are torn or squeezed, of "torn"; one is drawn for each
+    configuration."""
+
+    lengths: list[float] = field(default_factory=lambda: [0.55, 3.0])
+    """Range of their new lengths, over the old ones; equally often in each factor."""
+
+    scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
+    """Range of a factor on all distances, of "torn"."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,6 +276,14 @@ def _check(subset: Subset, place: str) -> None:
         )
     if not subset.sampling.temperatures or min(subset.sampling.temperatures) <= 0:
         raise ConfigError(f"{place}: sampling.temperatures must be positive")
+    if isinstance(subset, BoxesConfig) and subset.sampling.method != "md":
+        raise ConfigError(
+            f"{place}: boxes are sampled by md, not by sampling.method: {subset.sampling.method}"
+        )
+    for name in ("lengths", "scale"):
+        _check_range(f"{place}: sampling.{name}", getattr(subset.sampling, name))
+    if not subset.sampling.torn or min(subset.sampling.torn) < 0:
+        raise ConfigError(f"{place}: sampling.torn must be numbers from 0")
     if isinstance(subset, FilesConfig):
         if subset.hydrogens not in ("refuse", "add"):
             raise ConfigError(f"{place}: hydrogens must be refuse or add, got {subset.hydrogens!r}")
@@ -280,6 +299,9 @@ def _check(subset: Subset, place: str) -> None:
     if isinstance(subset, ClustersConfig) and not subset.sources and max(subset.molecules) > 0:
         raise ConfigError(f"{place}: needs sources, or molecules: [0]")
     for name in ("edges", "densities", "gap"):
-        values = getattr(subset, name, [1.0, 1.0])
-        if len(values) != 2 or not 0 < values[0] <= values[1]:
-            raise ConfigError(f"{place}: {name} must be two positive numbers, the smaller first")
+        _check_range(f"{place}: {name}", getattr(subset, name, [1.0, 1.0]))
+
+
+def _check_range(what: str, values: Sequence[float]) -> None:
+    if len(values) != 2 or not 0 < values[0] <= values[1]:
+        raise ConfigError(f"{what} must be two positive numbers, the smaller first")

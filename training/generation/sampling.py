@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from openmm_mlffd.training.generation.recipe import SamplingConfig
+from openmm_mlffd.training.generation.tearing import tear
 from openmm_mlffd.units import BOLTZMANN, FEMTOSECONDS_PER_TIME_UNIT
 
 FRICTION = 0.02
@@ -166,6 +167,7 @@ def sample_modes(
 def sample(
     forces: Forces,
     positions: NDArray[np.float64],
+    numbers: NDArray[np.int64],
     masses: NDArray[np.float64],
     config: SamplingConfig,
     rng: np.random.Generator,
@@ -181,6 +183,10 @@ def sample(
     if config.method == "rattle":
         for _ in range(config.frames):
             yield Sample(positions, np.nan)
+        return
+    if config.method == "torn":
+        for _ in range(config.frames):
+            yield Sample(tear(positions, numbers, config, rng), np.nan)
         return
     if config.method == "modes":
         values, modes = normal_modes(forces, positions, masses)
