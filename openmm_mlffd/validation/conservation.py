@@ -12,7 +12,7 @@ HALVING_RATIO = (3.0, 5.0)
 """Energy fluctuations must fall by a factor in this range when the time step is halved."""
 
 DRIFT_OVER_KINETIC_STD = 0.01
-"""The drift over a run must be below this fraction of the spread of the kinetic energy."""
+"""The drift over a short run must be below this fraction of the spread of the kinetic energy."""
 
 SLOPE_KT = 0.01
 """The drift of a long run must be below this [kT/ns per degree of freedom] …"""

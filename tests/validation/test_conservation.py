@@ -86,6 +86,8 @@ def test_a_slope_is_judged_by_its_size_and_its_error_in_long_runs(
     result = NVEResult(traces=[trace], runs=[conservation(trace)], halving_ratios=[])
     judged = [check for check in result.checks if "slope" in check.name]
     assert len(judged) == (picoseconds >= 50)
+    of_short_runs = [check for check in result.checks if "std(kinetic energy)" in check.name]
+    assert len(of_short_runs) == (picoseconds < 50)
     assert all(check.passed for check in judged) == passed
 
 
