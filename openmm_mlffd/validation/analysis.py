@@ -40,8 +40,14 @@ class RadialDistribution:
 
     @property
     def peak(self) -> tuple[float, float]:
-        """Distance [Å] and height of the highest bin."""
-        highest = int(self.g.argmax())
+        """Distance [Å] and height of the first peak: the first distances at which g is above 1.
+
+        If it is nowhere, the highest bin.
+        """
+        above = np.concatenate([self.g > 1.0, [False]])
+        start = int(above.argmax()) if above.any() else 0
+        stop = start + int((~above[start:]).argmax()) if above.any() else len(self.g)
+        highest = start + int(self.g[start:stop].argmax())
         return float(self.r[highest]), float(self.g[highest])
 
 

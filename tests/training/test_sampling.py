@@ -3,6 +3,7 @@
 import numpy as np
 import openmm
 import pytest
+from rdkit.Chem.rdMolTransforms import GetDihedralDeg
 
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.training.generation import boxes, clusters, openmm_mmff
@@ -176,6 +177,27 @@ def test_atoms_of_a_ring_leave_it_with_their_hydrogens():
     hydrogen = next(j for i, j in bonds if i == 1 and z[j] == 1)
     assert side_of(hydrogen, 1, bonds, len(z)).sum() == 1
     assert side_of(1, hydrogen, bonds, len(z)).sum() == len(z) - 1
+
+
+def test_turned_bonds_keep_all_lengths_and_angles_and_meet_every_torsion():
+    molecule = embed("CCCC", 1)
+    x, z = np.array(molecule.GetConformer().GetPositions()), numbers_of(molecule)
+    bonds = bonds_of(z, x)
+    before = np.array([np.linalg.norm(x[i] - x[j]) for i, j in bonds])
+    config = SamplingConfig(method="torn", torn=[0], turned=[1, 2, 3])
+    rng, torsions = np.random.default_rng(0), []
+    conformer = molecule.GetConformer()
+    for _ in range(200):
+        moved = tear(x, z, config, rng)
+        after = np.array([np.linalg.norm(moved[i] - moved[j]) for i, j in bonds])
+        np.testing.assert_allclose(after, before, rtol=1e-9)
+        conformer.SetPositions(moved)
+        torsions.append(GetDihedralDeg(conformer, 0, 1, 2, 3))
+    counts, _ = np.histogram(torsions, bins=6, range=(-180, 180))
+    assert (counts > 8).all()
+    ring = embed("C1CCCCC1", 1)
+    y = np.array(ring.GetConformer().GetPositions())
+    np.testing.assert_array_equal(tear(y, numbers_of(ring), config, rng), y)  # nothing can turn
 
 
 def test_molecules_are_scaled_and_atoms_never_on_one_another():

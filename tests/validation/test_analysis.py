@@ -39,6 +39,19 @@ def test_g_of_an_ideal_gas_is_one(pair):
     np.testing.assert_allclose(rdf.g[2:], 1, atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("g", "peak"),
+    [
+        ([0, 0.2, 1.4, 1.2, 0.1, 1.6, 1.0], (1.25, 1.4)),  # O–H of water: the second one is higher
+        ([0, 1.2, 2.8, 1.1], (1.25, 2.8)),
+        ([0, 0.5, 0.2], (0.75, 0.5)),
+    ],
+)
+def test_first_peak_is_not_a_higher_one_beyond(g, peak):
+    r = 0.25 + 0.5 * np.arange(len(g))
+    assert analysis.RadialDistribution(r=r, g=np.array(g, float)).peak == pytest.approx(peak)
+
+
 def test_g_of_a_lattice_peaks_at_its_spacing():
     lattice = gas(n_frames=1, n_molecules=64)
     lattice.xyz[0] = 0.5 * np.indices((4, 4, 4)).reshape(3, -1).T

@@ -57,6 +57,10 @@ class SamplingConfig:
     scale: list[float] = field(default_factory=lambda: [1.0, 1.0])
     """Range of a factor on all distances, of "torn"."""
 
+    turned: list[int] = field(default_factory=lambda: [0])
+    """Numbers of bonds outside of rings about which a side is turned by any angle, of "torn"; one
+    is drawn for each configuration."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PeptideConfig:
@@ -282,8 +286,10 @@ def _check(subset: Subset, place: str) -> None:
         )
     for name in ("lengths", "scale"):
         _check_range(f"{place}: sampling.{name}", getattr(subset.sampling, name))
-    if not subset.sampling.torn or min(subset.sampling.torn) < 0:
-        raise ConfigError(f"{place}: sampling.torn must be numbers from 0")
+    for name in ("torn", "turned"):
+        values = getattr(subset.sampling, name)
+        if not values or min(values) < 0:
+            raise ConfigError(f"{place}: sampling.{name} must be numbers from 0")
     if isinstance(subset, FilesConfig):
         if subset.hydrogens not in ("refuse", "add"):
             raise ConfigError(f"{place}: hydrogens must be refuse or add, got {subset.hydrogens!r}")

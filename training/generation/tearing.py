@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
 
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.training.generation.recipe import SamplingConfig
@@ -13,6 +14,9 @@ BOND = 1.25
 
 CLOSEST = 0.4
 """Atoms are not brought nearer than this multiple of the sum of their radii."""
+
+TOUCHING = 1.2
+"""Nor, by turning, atoms without a bond nearer than this multiple."""
 
 TRIES = 20
 """Configurations with nearer atoms are drawn again so often; then the structure itself is given."""
@@ -57,10 +61,73 @@ def side_of(
     return np.isin(np.arange(n_atoms), list(reached))
 
 
+def turn(
+    positions: Array,
+    bonds: Sequence[tuple[int, int]],
+    count: int,
+    rng: np.random.Generator,
+) -> Array:
+    """Turn what hangs on some bonds about them, by any angle.
+
+    Parameters
+    ----------
+    positions
+        [Å], shape ``(n_atoms, 3)``.
+    bonds
+        Pairs of bonded atoms.
+    count
+        How many bonds; fewer where there are not so many about which something can be turned.
+    rng
+        Draws bonds and angles.
+    """
+    n_atoms, moved = len(positions), positions.copy()
+    possible = []
+    for i, j in bonds:
+        side = side_of(j, i, bonds, n_atoms)
+        # something must be turned, against something else; of rings nothing was cut off
+        if (
+            1 < side.sum() < n_atoms - 1
+            and side_of(i, j, bonds, n_atoms).sum() == n_atoms - side.sum()
+        ):
+            possible.append((i, j, side))
+    for which in rng.permutation(len(possible))[:count].tolist():
+        i, j, side = possible[which]
+        axis = moved[j] - moved[i]
+        turned = Rotation.from_rotvec(rng.uniform(-np.pi, np.pi) * axis / np.linalg.norm(axis))
+        moved[side] = moved[j] + turned.apply(moved[side] - moved[j])
+    return moved
+
+
+def _change(
+    positions: Array,
+    bonds: list[tuple[int, int]],
+    config: SamplingConfig,
+    rng: np.random.Generator,
+    touching: Array,
+) -> Array | None:
+    """One try; None if atoms come too near to one another by turning."""
+    moved = turn(positions, bonds, int(rng.choice(config.turned)), rng)
+    if (_distances(moved) < touching).any():
+        return None
+    count = min(int(rng.choice(config.torn)), len(bonds))
+    for which in rng.choice(len(bonds), count, replace=False) if count else ():
+        ends = bonds[which] if rng.random() < 0.5 else bonds[which][::-1]
+        side = side_of(*ends, bonds, len(positions))
+        factor = np.exp(rng.uniform(*np.log(config.lengths)))
+        moved[side] += (factor - 1.0) * (moved[ends[0]] - moved[ends[1]])
+    return np.asarray(moved * rng.uniform(*config.scale))
+
+
+def _distances(positions: Array) -> Array:
+    """Of all pairs [Å]; of atoms from themselves, none is near."""
+    distance = np.linalg.norm(positions[:, None] - positions, axis=-1)
+    return np.asarray(distance + 99.0 * np.eye(len(positions)))
+
+
 def tear(
     positions: Array, numbers: NDArray[np.int64], config: SamplingConfig, rng: np.random.Generator
 ) -> Array:
-    """A configuration with some bonds of another length, and all of it scaled.
+    """A configuration with some bonds turned, some of another length, and all of it scaled.
 
     Parameters
     ----------
@@ -69,23 +136,17 @@ def tear(
     numbers
         Atomic numbers, shape ``(n_atoms,)``.
     config
-        `torn`, `lengths` and `scale`.
+        `turned`, `torn`, `lengths` and `scale`.
     rng
         Draws them.
     """
     bonds = bonds_of(numbers, positions)
     radii = np.array(COVALENT_RADII)[numbers]
-    nearest = CLOSEST * (radii[:, None] + radii)
+    sums = radii[:, None] + radii
+    # what was near at the start, as atoms with a common neighbor, may be
+    touching = np.minimum(TOUCHING * sums, 0.99 * _distances(positions))
     for _ in range(TRIES):
-        moved = positions.copy()
-        count = min(int(rng.choice(config.torn)), len(bonds))
-        for which in rng.choice(len(bonds), count, replace=False) if count else ():
-            ends = bonds[which] if rng.random() < 0.5 else bonds[which][::-1]
-            side = side_of(*ends, bonds, len(numbers))
-            factor = np.exp(rng.uniform(*np.log(config.lengths)))
-            moved[side] += (factor - 1.0) * (moved[ends[0]] - moved[ends[1]])
-        moved *= rng.uniform(*config.scale)
-        distance = np.linalg.norm(moved[:, None] - moved, axis=-1)
-        if (distance + 9.0 * np.eye(len(numbers)) > nearest).all():
+        moved = _change(positions, bonds, config, rng, touching)
+        if moved is not None and (_distances(moved) > CLOSEST * sums).all():
             return moved
     return positions

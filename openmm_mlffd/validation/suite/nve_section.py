@@ -5,10 +5,13 @@ from dataclasses import asdict, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from openmm_mlffd.units import BOLTZMANN
 from openmm_mlffd.validation import figures
 from openmm_mlffd.validation.conservation import (
     SLOPE_KT_DURATION,
+    WINDOW,
     EnergyTrace,
     conservation,
     halving_ratio,
@@ -157,7 +160,8 @@ def _percent(row: Mapping[str, Any], key: str) -> str:
 
 
 def _thinned(trace: EnergyTrace, most: int = 1500) -> EnergyTrace:
-    """Every nth sample of a long trace, for drawing."""
+    """Every nth sample of a long trace, for drawing, and all of its begin, which is magnified."""
     step = max(1, len(trace.time) // most)
+    kept = (trace.time <= WINDOW) | (np.arange(len(trace.time)) % step == 0)
     names = ("time", "potential", "kinetic", "shadow")
-    return replace(trace, **{name: getattr(trace, name)[::step] for name in names})
+    return replace(trace, **{name: getattr(trace, name)[kept] for name in names})

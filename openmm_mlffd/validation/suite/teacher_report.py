@@ -216,7 +216,7 @@ def box_section(run: EnsembleRun, numbers: Mapping[str, Any], densities: Sequenc
     drawn = [
         FigureBlock(
             svg=draw_lines(
-                dict(zip(("student", "teacher"), densities, strict=True)),
+                {"teacher": densities[1], "student": densities[0]},
                 "time [ps]",
                 "density [g/cm³]",
             ),
