@@ -247,13 +247,16 @@ def _kernel(function: Any, name: str, variant: Variant, split_block: int, backwa
     block, n_blocks = split_block or BLOCK, variant.blocks(backward)
     if split_block:
         name += f"_split{split_block}"
+    if variant.real == torch.float64:
+        n_blocks = 1  # what a launch needs; more would cost more than it gives
+    elif split_block:
         n_blocks = max(1, (n_blocks - (0 if variant.own_in_registers else 1)) * BLOCK // block)
     kernel = wp.kernel(
         function,
         name=name,
         enable_backward=False,
         module=f"mlffd_{name}",
-        launch_bounds=None if variant.real == torch.float64 else (block, n_blocks),
+        launch_bounds=(block, n_blocks),
     )
     kernel.mlffd_block = block
     return kernel

@@ -1,5 +1,7 @@
 """Every kernel compiles for a GPU where there is none; ``-m slow`` for all of them."""
 
+import struct
+
 import pytest
 import torch
 
@@ -15,6 +17,9 @@ from openmm_mlffd.kernels import (
     node_kernels,
     training_kernels,
 )
+
+REGISTERS = 65536
+"""Of a multiprocessor: a block that needs more cannot be launched."""
 
 SINGLE, DOUBLE, HALF = torch.float32, torch.float64, torch.float16
 
@@ -69,6 +74,11 @@ def every_kernel():
     found += [
         message_kernels.forward_kernel(odd, 0), message_kernels.backward_kernel(odd, True, 256)
     ]  # fmt: skip
+    small = message_kernels.Variant(64, False, 7, DOUBLE, DOUBLE)  # has room for 512 threads
+    found += [
+        message_kernels.forward_kernel(small, 512),
+        message_kernels.backward_kernel(small, True, 512),
+    ]
     found.append(
         training_kernels.training_kernel("forward", training_kernels.Variant(96, False, 5, SINGLE))
     )
@@ -77,6 +87,7 @@ def every_kernel():
 
 KERNELS = every_kernel()
 QUICK = {
+    "mlffd_message_backward_later_c64_p7_f64_s64_split512",
     "mlffd_chain_last_c128_w64_s32_r1",
     "mlffd_neighbors",
     "mlffd_largest_move",
@@ -86,10 +97,34 @@ QUICK = {
 }
 
 
+def registers_of(cubin):
+    """Registers of a thread of each kernel: in ELF's section .nv.info, entries of kind 0x2f."""
+    (first,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<HHH", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, first + i * size) for i in range(count)]
+    found = []
+    for name, _, _, _, start, length in sections:
+        at = sections[names][4] + name
+        if cubin[at : cubin.index(b"\0", at)] != b".nv.info":
+            continue
+        at, end = start, start + length
+        while at < end:
+            form, kind, n_bytes = struct.unpack_from("<BBH", cubin, at)
+            if (form, kind) == (4, 0x2F):
+                found.append(struct.unpack_from("<II", cubin, at + 4)[1])
+            at += 4 + (n_bytes if form == 4 else 0)
+    return found
+
+
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in sorted(KERNELS)]
 )
 def test_kernels_compile_to_machine_code_of_a_gpu(name, tmp_path):
     wp.compile_aot_module(KERNELS[name].module, arch=90, module_dir=tmp_path, use_ptx=False)
     (cubin,) = tmp_path.glob("*.cubin")
-    assert cubin.read_bytes()[1:4] == b"ELF"
+    content = cubin.read_bytes()
+    assert content[1:4] == b"ELF"
+    registers = registers_of(content)
+    assert registers
+    threads = getattr(KERNELS[name], "mlffd_block", message_kernels.BLOCK)
+    assert 8 <= max(registers) <= min(255, REGISTERS // threads)
