@@ -123,7 +123,7 @@ class Store:
         words = "".join(c if c.isalnum() else "-" for c in name)
         folder = self.folder / f"{words}-{key}"
         numbers = folder / "numbers.json"
-        if numbers.is_file():
+        if numbers.is_file() and (folder / "made.json").is_file():  # a copy may lack one
             known = json.loads(numbers.read_text("utf-8"))
             if not unfinished(known):
                 self.tell(f"{name}: found")

@@ -53,6 +53,19 @@ def test_a_piece_that_stopped_finds_what_it_left(tmp_path):
     assert store.piece("piece", {}, measure).numbers == {"resumed": True}
 
 
+def test_a_piece_that_was_copied_in_part_is_measured_again(tmp_path):
+    measured = []
+
+    def measure(folder):
+        measured.append(folder)
+        return {"value": 2.0}
+
+    piece = Store(tmp_path).piece("energy", {}, measure)
+    (piece.folder / "made.json").unlink()
+    assert Store(tmp_path).piece("energy", {}, measure).numbers == {"value": 2.0}
+    assert len(measured) == 2
+
+
 def test_nothing_is_begun_without_time(tmp_path):
     store = Store(tmp_path, clock=Clock(0.0))
     with pytest.raises(OutOfTime, match="the same command goes on"):
