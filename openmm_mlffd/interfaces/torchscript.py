@@ -37,6 +37,7 @@ VERSION = 1
 # of a module to plain torch in float64: energy of an atom [eV], force [eV/Å], or share of the
 # largest force where that is larger; random structures are denser than any data, which TF32 feels
 _TOLERANCES = {"double": (1e-8, 1e-8), "single": (2e-5, 5e-5), "mixed": (5e-3, 3e-2)}
+_APART = {"double": 1.5, "single": 2.0, "mixed": 2.0}  # over the sum of covalent radii
 _METADATA = "mlffd.json"
 _AT_A_TIME = 4_000_000  # distances in memory at once
 _REMEMBERED = 4096  # as `engine`: beyond it, less memory is worth more than time
@@ -288,25 +289,28 @@ class _Structure:
     cell: Tensor | None
 
 
-def _structures(elements: list[int]) -> list[_Structure]:
+def _structures(elements: list[int], apart: float) -> list[_Structure]:
     """Atoms of all elements, alone, free and in boxes.
 
-    None at the length of a bond: what is dense at random is so far from any training data that
-    rounding alone changes forces.
+    None at the length of a bond, but `apart` times the sum of the radii: what is dense at random is
+    so far from any training data that rounding alone changes forces, by how much depending on the
+    processor.
     """
     skewed = torch.tensor([[1.0, 0, 0], [0.4, 1.1, 0], [-0.3, 0.4, 0.9]], dtype=torch.float64)
     cube = torch.eye(3, dtype=torch.float64)
     n = len(elements)
     return [
         _Structure([elements[0]], torch.zeros((1, 3), dtype=torch.float64), None),
-        _placed(elements, max(20, 2 * n), cube, False),
-        _placed(elements, max(9, n), skewed, True),
-        _placed(elements, max(60, 2 * n), skewed, True),
-        _placed(elements, 150, cube, True),
+        _placed(elements, max(20, 2 * n), cube, False, apart),
+        _placed(elements, max(9, n), skewed, True, apart),
+        _placed(elements, max(60, 2 * n), skewed, True, apart),
+        _placed(elements, 150, cube, True, apart),
     ]
 
 
-def _placed(elements: list[int], n_atoms: int, shape: Tensor, periodic: bool) -> _Structure:
+def _placed(
+    elements: list[int], n_atoms: int, shape: Tensor, periodic: bool, apart: float
+) -> _Structure:
     rng = np.random.default_rng(n_atoms)
     numbers = [elements[i % len(elements)] for i in range(n_atoms)]
     radii = np.array([COVALENT_RADII[z] for z in numbers])
@@ -319,7 +323,7 @@ def _placed(elements: list[int], n_atoms: int, shape: Tensor, periodic: bool) ->
             new = rng.random(3) @ cell
             k = len(placed)
             distances = np.linalg.norm(placed[:, None] + images @ cell - new, axis=2)
-            if k == 0 or (distances > 1.5 * (radii[:k] + radii[k])[:, None]).all():
+            if k == 0 or (distances > apart * (radii[:k] + radii[k])[:, None]).all():
                 placed = np.vstack([placed, new])
             if len(placed) == n_atoms:
                 outside = placed + np.round(rng.normal(size=(n_atoms, 3))) @ cell * periodic
@@ -332,7 +336,7 @@ def _check(module: Any, reference: Potential, precision: str, of_atoms: bool) ->
     """Largest differences to the reference; raises `CompileError` if they are too large."""
     largest, energy_limit, force_limit = {"energy": 0.0, "force": 0.0}, *_TOLERANCES[precision]
     whole = module.student if of_atoms else module
-    for structure in _structures(reference.numbers):
+    for structure in _structures(reference.numbers, _APART[precision]):
         numbers = torch.tensor(structure.numbers)
         expected = reference(
             build_graph(

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.training.generation.recipe import SamplingConfig
@@ -92,9 +91,11 @@ def turn(
             possible.append((i, j, side))
     for which in rng.permutation(len(possible))[:count].tolist():
         i, j, side = possible[which]
-        axis = moved[j] - moved[i]
-        turned = Rotation.from_rotvec(rng.uniform(-np.pi, np.pi) * axis / np.linalg.norm(axis))
-        moved[side] = moved[j] + turned.apply(moved[side] - moved[j])
+        axis, angle = moved[j] - moved[i], rng.uniform(-np.pi, np.pi)
+        axis, arms = axis / np.linalg.norm(axis), moved[side] - moved[j]
+        along = np.outer(arms @ axis, axis)  # Rodrigues' formula
+        turned = along + np.cos(angle) * (arms - along) + np.sin(angle) * np.cross(axis, arms)
+        moved[side] = moved[j] + turned
     return moved
 
 
