@@ -112,11 +112,14 @@ def _change(
         return None
     count = min(int(rng.choice(config.torn)), len(bonds))
     for which in rng.choice(len(bonds), count, replace=False) if count else ():
-        ends = bonds[which] if rng.random() < 0.5 else bonds[which][::-1]
-        side = side_of(*ends, bonds, len(positions))
-        factor = np.exp(rng.uniform(*np.log(config.lengths)))
-        moved[side] += (factor - 1.0) * (moved[ends[0]] - moved[ends[1]])
-    return np.asarray(moved * rng.uniform(*config.scale))
+        atom, other = bonds[which]
+        if rng.random() < 0.5:
+            atom, other = other, atom
+        side = side_of(atom, other, bonds, len(positions))
+        low, high = np.log(config.lengths)
+        factor = np.exp(rng.uniform(low, high))
+        moved[side] += (factor - 1.0) * (moved[atom] - moved[other])
+    return np.asarray(moved * rng.uniform(config.scale[0], config.scale[1]))
 
 
 def _distances(positions: Array) -> Array:
