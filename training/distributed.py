@@ -87,7 +87,8 @@ class Processes:
         return flat.tolist()
 
     def close(self) -> None:
-        """Leave the group, if it was made here."""
+        """Leave the group, if it was made here, once all are about to."""
         if self._owns_group:
+            dist.barrier()
             dist.destroy_process_group()
             self._owns_group = False
