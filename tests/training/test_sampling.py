@@ -197,7 +197,9 @@ def test_turned_bonds_keep_all_lengths_and_angles_and_meet_every_torsion():
     assert (counts > 8).all()
     ring = embed("C1CCCCC1", 1)
     y = np.array(ring.GetConformer().GetPositions())
-    np.testing.assert_array_equal(tear(y, numbers_of(ring), config, rng), y)  # nothing can turn
+    assert tear(y, numbers_of(ring), config, rng) is None  # nothing can turn
+    with pytest.raises(SamplingError, match="nothing of it can be torn, turned or scaled"):
+        list(sample(RdkitForces(ring), y, numbers_of(ring), masses_of(ring), config, rng))
 
 
 def test_molecules_are_scaled_and_atoms_never_on_one_another():
@@ -210,8 +212,9 @@ def test_molecules_are_scaled_and_atoms_never_on_one_another():
     assert 1.08 < max(scales) <= 1.1
     hard = SamplingConfig(method="torn", torn=[3], lengths=[0.2, 0.5])
     radii = np.array(COVALENT_RADII)[z]
-    for _ in range(50):
-        moved = tear(x, z, hard, rng)
+    tries = [tear(x, z, hard, rng) for _ in range(50)]
+    assert sum(moved is not None for moved in tries) > 10
+    for moved in filter(lambda x: x is not None, tries):
         distance = np.linalg.norm(moved[:, None] - moved, axis=-1) + 9 * np.eye(len(z))
         assert (distance / (radii[:, None] + radii)).min() > 0.4
 

@@ -185,8 +185,11 @@ def sample(
             yield Sample(positions, np.nan)
         return
     if config.method == "torn":
-        for _ in range(config.frames):
-            yield Sample(tear(positions, numbers, config, rng), np.nan)
+        torn = [tear(positions, numbers, config, rng) for _ in range(config.frames)]
+        changed = [Sample(x, np.nan) for x in torn if x is not None]
+        if not changed:
+            raise SamplingError("nothing of it can be torn, turned or scaled as it is asked for")
+        yield from changed
         return
     if config.method == "modes":
         values, modes = normal_modes(forces, positions, masses)

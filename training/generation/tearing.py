@@ -18,7 +18,7 @@ TOUCHING = 1.2
 """Nor, by turning, atoms without a bond nearer than this multiple."""
 
 TRIES = 20
-"""Configurations with nearer atoms are drawn again so often; then the structure itself is given."""
+"""Configurations with nearer atoms, or without any change, are drawn again so often."""
 
 Array = NDArray[np.float64]
 
@@ -130,8 +130,10 @@ def _distances(positions: Array) -> Array:
 
 def tear(
     positions: Array, numbers: NDArray[np.int64], config: SamplingConfig, rng: np.random.Generator
-) -> Array:
+) -> Array | None:
     """A configuration with some bonds turned, some of another length, and all of it scaled.
+
+    None if there is none in which atoms are far enough apart, or nothing that can be changed.
 
     Parameters
     ----------
@@ -151,6 +153,8 @@ def tear(
     touching = np.minimum(TOUCHING * sums, 0.99 * _distances(positions))
     for _ in range(TRIES):
         moved = _change(positions, bonds, config, rng, touching)
-        if moved is not None and (_distances(moved) > CLOSEST * sums).all():
+        if moved is None or np.array_equal(moved, positions):
+            continue
+        if (_distances(moved) > CLOSEST * sums).all():
             return moved
-    return positions
+    return None
