@@ -2,6 +2,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.optimize import FIRE
+from tqdm import tqdm
 
 from openmm_mlffd import cli
 from openmm_mlffd.modelfile import load_student, read_header
@@ -305,6 +307,12 @@ def test_new_frames_are_repeated_to_be_their_share(write_config, n_old, n_new, r
     assert repeats_for(n_old, n_new, config) == repeats
 
 
+def run_alone(config):
+    """As a process of its own does: the lock of progress bars is not that of one that was killed."""
+    tqdm.set_lock(threading.RLock())
+    run_active(config)
+
+
 def test_killed_at_each_stage_the_same_command_goes_on(write_config, tmp_path, monkeypatch):
     log = tmp_path / "labelled.txt"
     monkeypatch.setenv("TOY_LOG", str(log))
@@ -316,7 +324,7 @@ def test_killed_at_each_stage_the_same_command_goes_on(write_config, tmp_path, m
     for stage in stages:
         # forked, since an import takes longer than a stage
         process = multiprocessing.get_context("fork").Process(
-            target=run_active, args=(load_active(path, ["rounds=1"]),)
+            target=run_alone, args=(load_active(path, ["rounds=1"]),)
         )
         process.start()
         while process.is_alive() and not (place / stage).exists():
