@@ -308,7 +308,7 @@ def test_new_frames_are_repeated_to_be_their_share(write_config, n_old, n_new, r
 
 
 def run_alone(config):
-    """As a process of its own does: the lock of progress bars is not that of one that was killed."""
+    """As in a process of its own: without the lock of progress bars of one that was killed."""
     tqdm.set_lock(threading.RLock())
     run_active(config)
 
