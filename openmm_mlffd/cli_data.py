@@ -94,25 +94,23 @@ def data_merge(
         list[Path] | None,
         typer.Option(help="File of InChIKeys or SMILES whose molecules are left out, repeatable."),
     ] = None,
+    exclude_held_out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Dataset whose validation and test molecules are left out, repeatable."),
+    ] = None,
 ) -> None:
     """One file of several; what comes twice is taken once. Keeps the split unless told."""
     from openmm_mlffd.training.datasets.combine import choose_rule, merge
 
     rule = choose_rule(val, test, seed)
-    if exclude:
-        from openmm_mlffd.training.generation.molecules import holds_excluded, read_excluded
-        from openmm_mlffd.training.generation.peptides import smiles_of_group
+    if exclude or exclude_held_out:
+        from openmm_mlffd.training.datasets.exclusion import Exclusion
 
-        keys = read_excluded(exclude)
-        merged = merge(
-            files,
-            output,
-            split=rule,
-            wanted=lambda group: not holds_excluded(smiles_of_group(group), keys),
-        )
+        unwanted = Exclusion(exclude or (), exclude_held_out or ())
+        merged = merge(files, output, split=rule, wanted=lambda group: group not in unwanted)
     else:
         merged = merge(files, output, split=rule)
-    said = f", {merged.excluded} of molecules to exclude" if exclude else ""
+    said = f", {merged.excluded} of molecules to exclude" if exclude or exclude_held_out else ""
     typer.echo(
         f"{output}: {merged.structures} structures, {merged.duplicates} duplicates{said} left out"
     )

@@ -106,6 +106,10 @@ class LossConfig:
     angle_threshold: float = 0.3
     """Forces shorter than this [eV/Å] have no angle."""
 
+    large_force: float | None = None
+    """Errors of forces beyond this [eV/Å] count in proportion to this / force, and so do those of
+    energies and virials of structures with such forces; None for no limit."""
+
     forces_loss: str = "huber"
     """"huber", "conditional" (narrower for large reference forces) or "l2" (the square)."""
 

@@ -81,12 +81,17 @@ def loss_terms(
         totals = BatchTotals(*count_totals(batch, config.angle_threshold))
     weights = {n: getattr(config, n) for n in TERMS if getattr(config, n)}
     found: dict[str, Tensor] = {}
+    of_atoms: Tensor | float = 1.0
+    of_systems: Tensor | float = 1.0
+    if config.large_force is not None:
+        of_atoms, of_systems = steepness(batch, config.large_force)
     if "energy" in weights:
-        found["energy"] = _energy(prediction, batch, config) / totals.structures
+        found["energy"] = _energy(prediction, batch, config, of_systems) / totals.structures
     if "forces" in weights:
-        found["forces"] = _forces(prediction, batch, config) / totals.atoms
+        found["forces"] = _forces(prediction, batch, config, of_atoms) / totals.atoms
     if "stress" in weights:
-        found["stress"] = _stress(prediction, batch, config) / totals.stressed.clamp(min=1)
+        stress = _stress(prediction, batch, config, of_systems)
+        found["stress"] = stress / totals.stressed.clamp(min=1)
     if "angle" in weights:
         found["angle"] = _angle(prediction, batch, config) / totals.pushed.clamp(min=1)
     if "charges" in weights:
@@ -97,16 +102,36 @@ def loss_terms(
     return {n: weights[n] * factors.get(n, 1.0) * term for n, term in found.items()}
 
 
-def _energy(prediction: NetworkPrediction, batch: TrainingBatch, config: LossConfig) -> Tensor:
-    error = (prediction.energy - batch.energy).abs() / batch.n_atoms.clamp(min=1)
+def steepness(batch: TrainingBatch, large: float) -> tuple[Tensor, Tensor]:
+    """How much less errors count where reference forces are larger than a limit [eV/Å].
+
+    Of atoms limit / max(limit, |F|), of structures that of their largest force: torn and squeezed
+    molecules, whose energies change by tens of eV within an Å, would else decide over all others.
+
+    Returns
+    -------
+    tuple
+        Factors of atoms, shape (n_atoms,), and of structures, shape (n_systems,).
+    """
+    size = batch.forces.square().sum(1).sqrt()
+    largest = torch.zeros_like(batch.energy).scatter_reduce(0, batch.system, size, "amax")
+    return large / size.clamp(min=large), large / largest.clamp(min=large)
+
+
+def _energy(
+    prediction: NetworkPrediction, batch: TrainingBatch, config: LossConfig, factor: Tensor | float
+) -> Tensor:
+    error = factor * (prediction.energy - batch.energy).abs() / batch.n_atoms.clamp(min=1)
     return torch.where(batch.n_atoms > 0, huber(error, config.energy_delta), 0.0).sum()
 
 
-def _forces(prediction: NetworkPrediction, batch: TrainingBatch, config: LossConfig) -> Tensor:
+def _forces(
+    prediction: NetworkPrediction, batch: TrainingBatch, config: LossConfig, factor: Tensor | float
+) -> Tensor:
     square = (prediction.forces - batch.forces).square().sum(1)
-    error = torch.sqrt(square + _TINY)
+    error = factor * torch.sqrt(square + _TINY)
     if config.forces_loss == "l2":
-        value = square
+        value = error.square()
     elif config.forces_loss == "conditional":
         size = batch.forces.square().sum(1).sqrt()
         value = huber(error, conditional_delta(size, config.forces_delta))
@@ -115,12 +140,14 @@ def _forces(prediction: NetworkPrediction, batch: TrainingBatch, config: LossCon
     return torch.where(batch.real > 0, value, 0.0).sum()
 
 
-def _stress(prediction: NetworkPrediction, batch: TrainingBatch, config: LossConfig) -> Tensor:
+def _stress(
+    prediction: NetworkPrediction, batch: TrainingBatch, config: LossConfig, factor: Tensor | float
+) -> Tensor:
     known = batch.virial.isfinite().all(2).all(1) & (batch.n_atoms > 0)
     label = torch.where(known[:, None, None], batch.virial, 0.0)
     per_atom = (prediction.virial - label) / batch.n_atoms.clamp(min=1)[:, None, None]
     square = torch.where(known, per_atom.square().sum((1, 2)), 0.0)
-    error = torch.sqrt(square + _TINY)
+    error = factor * torch.sqrt(square + _TINY)
     return torch.where(known, huber(error, config.stress_delta), 0.0).sum()
 
 

@@ -109,6 +109,8 @@ def check_config(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ConfigError(f"{name} must be positive, got {value}")
+    if loss.large_force is not None and not loss.large_force > 0:
+        raise ConfigError(f"loss.large_force must be positive, got {loss.large_force}")
     if config.fit_minutes is not None and config.fit_steps is not None:
         raise ConfigError("fit_minutes and fit_steps exclude one another")
     if not 0 <= optimizer.swa_start < 1:

@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from openmm_mlffd.cli import app
 from openmm_mlffd.training.datasets.combine import merge, split_file
+from openmm_mlffd.training.datasets.exclusion import Exclusion
 from openmm_mlffd.training.datasets.geometry import judge_geometry
 from openmm_mlffd.training.datasets.survey import Bounds, blocks_of, survey
 from openmm_mlffd.training.hdf5 import (
@@ -299,6 +300,35 @@ def test_structures_of_molecules_to_exclude_are_left_out(rewrite, tmp_path):
         assert set(after.group_names()) == set(groups) - {groups[i] for i in bad}
     said = f"{104 - n_bad} structures, 0 duplicates, {n_bad} of molecules to exclude"
     assert f"{said} left out" in done.stdout
+
+
+def test_molecules_that_another_dataset_holds_out_are_left_out(tmp_path):
+    # a dimer is not a held-out molecule's if its molecules are held out only together
+    def grouped(name, groups, **split):
+        with DatasetWriter(
+            tmp_path / name, teacher=None, subsets=["x"], split=SplitRule(**split)
+        ) as writer:
+            for group in groups:
+                writer.append(pack(frame("CO"), ["x"]), [group])
+        return tmp_path / name
+
+    held = [
+        grouped("test.h5", ["NCCc1ccccc1", "water #4"], val=0.0, test=1.0 - 1e-9),
+        grouped("val.h5", ["CCO.CCS"], val=1.0 - 1e-9, test=0.0),
+        grouped("train.h5", ["CCN"], val=0.0, test=0.0),
+    ]
+    unwanted = Exclusion(held_out=held)
+    for group, expected in (
+        ("C[C@H]([NH3+])c1ccccc1", False),
+        ("[NH3+]CCc1ccccc1", True),
+        ("O.NCCc1ccccc1", True),
+        ("CC[S-].CCO", True),
+        ("CCO.CCN", False),
+        ("CCN", False),
+        ("water #4", True),
+        ("water #5", False),
+    ):
+        assert (group in unwanted) == expected, group
 
 
 def test_commands_say_what_they_wrote(rewrite, tmp_path):

@@ -96,6 +96,30 @@ def test_terms_are_means_over_structures_or_atoms(batch):
         assert value > 1e-4
 
 
+def test_errors_of_large_forces_count_in_proportion(batch):
+    limit = 1.5  # eV/Å, of many forces here
+    config = replace(CONFIG, large_force=limit)
+    found, prediction = loss_terms(wrong(batch), batch, config), wrong(batch)
+    size = np.linalg.norm(batch.forces.numpy(), axis=1)
+    assert 0.1 < (size > limit).mean() < 0.9
+    error = np.linalg.norm((prediction.forces - batch.forces).numpy(), axis=1)
+    error = error * limit / np.maximum(size, limit)
+    forces = 2.0 * np.mean([huber_by_hand(e, config.forces_delta) for e in error])
+    np.testing.assert_allclose(found["forces"], forces, rtol=1e-6)
+    system, n = batch.system.numpy(), batch.n_atoms.numpy()
+    factor = np.array([limit / max(limit, size[system == s].max()) for s in range(len(n))])
+    assert 0.0 < (factor < 1.0).mean()
+    error = factor * np.abs((prediction.energy - batch.energy).numpy()) / n
+    energy = 5.0 * np.mean([huber_by_hand(e, config.energy_delta) for e in error])
+    np.testing.assert_allclose(found["energy"], energy, rtol=1e-6)
+    plain = loss_terms(wrong(batch), batch, CONFIG)
+    assert found["stress"] < plain["stress"]
+    torch.testing.assert_close(found["angle"], plain["angle"])
+    nowhere = loss_terms(wrong(batch), batch, replace(CONFIG, large_force=1e6))
+    for name, term in plain.items():
+        torch.testing.assert_close(nowhere[name], term, msg=name)
+
+
 @pytest.mark.parametrize("name", TERMS)
 def test_each_weight_scales_its_term_and_zero_leaves_it_out(batch, name):
     prediction = wrong(batch)

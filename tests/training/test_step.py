@@ -90,7 +90,7 @@ def test_factors_scale_the_terms(student, batch):
 def test_traced_gradient_is_that_of_autograd(student, batch, hessian):
     """All derivatives written out, which is what is compiled."""
     config = TrainConfig(
-        data=None, loss=LossConfig(stress=0.2, hessian=hessian, clash=10 * hessian)
+        data=None, loss=LossConfig(stress=0.2, hessian=hessian, clash=10 * hessian, large_force=2.0)
     )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.forces.shape, generator=generator, dtype=torch.float64)

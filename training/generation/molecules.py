@@ -121,14 +121,17 @@ def read_excluded(paths: Iterable[Path]) -> frozenset[str]:
     return frozenset(found)
 
 
-def holds_excluded(smiles: str, excluded: frozenset[str]) -> bool:
-    """Whether one of the molecules of a SMILES is excluded; text that is no SMILES holds none."""
+def skeletons(smiles: str) -> frozenset[str]:
+    """First blocks of the InChIKeys of the molecules of a SMILES; none of text that is no SMILES.
+
+    Molecules that differ in their protons or their stereochemistry alone have the same.
+    """
     with BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
         if molecule is None:
-            return False
+            return frozenset()
         parts = Chem.GetMolFrags(molecule, asMols=True)
-        return any(Chem.MolToInchiKey(part)[:_BLOCK] in excluded for part in parts)
+        return frozenset(Chem.MolToInchiKey(part)[:_BLOCK] for part in parts)
 
 
 def find_files(source: SourceConfig, folder: Path) -> list[Path]:
