@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from openmm_mlffd.modelfile import make_potential
 from openmm_mlffd.training.batches import make_batch
@@ -12,7 +13,7 @@ from openmm_mlffd.training.config import LossConfig, OptimizerConfig, TrainConfi
 from openmm_mlffd.training.flat import FlatWeights
 from openmm_mlffd.training.loss import TERMS, loss_terms
 from openmm_mlffd.training.resident_step import check_replay
-from openmm_mlffd.training.step import TrainingStep, predict
+from openmm_mlffd.training.step import TrainingStep, _deviation, predict
 from openmm_mlffd.training.targets import count_totals, training_batch
 
 CPU = torch.device("cpu")
@@ -259,3 +260,57 @@ def test_replay_may_differ_by_twice_what_tf32_changes(student, batch, tf32):
     assert tf32.allow_tf32
     with pytest.raises(RuntimeError, match="replayed, loss and gradient differ"):
         check_replay(lambda: step.run(batch, 1.3 * totals), work, step)
+
+
+class ReducedProducts(TorchDispatchMode):
+    """Matrix products whose factors are rounded to the 10 bits of TF32."""
+
+    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.PRODUCTS:
+            first = len(args) - 2
+            args = (*args[:first], *(self.rounded(a) for a in args[first:]))
+        return func(*args, **(kwargs or {}))
+
+    @staticmethod
+    def rounded(x):
+        bits = x.contiguous().view(torch.int32)
+        return ((bits + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_rounding_does_not_keep_a_trained_student_from_fused_messages(
+    wrong, make_structures, make_student, monkeypatch, caplog
+):
+    """Near its labels, TF32 changes a gradient by more than the limit, and still is no error."""
+    student = make_student(elements=["H", "C", "O"], references=[0.0] * 3).float().train()
+    config = TrainConfig(data=None, loss=LossConfig(forces_delta=0.02), fused="on")
+    step = TrainingStep(student, copy.deepcopy(student), config)
+    batch = training_batch(make_batch(make_structures(12), student, CPU), student)
+    exact = predict(student.network, batch, student.energy_scale)
+    size = exact.forces.detach().norm(dim=1).mean()
+    noise = torch.randn(batch.forces.shape, generator=torch.Generator().manual_seed(0))
+    batch = batch._replace(
+        forces=exact.forces.detach() + 0.002 * size * noise, energy=exact.energy.detach()
+    )
+    plain = step.loss_gradient
+
+    class Fused:
+        clashes = None
+        is_fused = True
+
+        def __call__(self, *arguments):
+            with ReducedProducts():
+                terms, gradients = plain(*arguments)
+            return terms, [1.05 * g for g in gradients] if wrong else gradients
+
+    totals, factors = count_totals(batch, 0.3), torch.ones(len(TERMS))
+    arguments = (step.weights, list(batch), totals, factors)
+    assert _deviation(Fused()(*arguments), plain(*arguments)) > 0.02
+    monkeypatch.setattr("openmm_mlffd.training.step.fused_gradient", lambda *_: Fused())
+    step.set_controls(0.0, 0.0, (0, 0), [1.0] * len(TERMS))
+    with caplog.at_level(logging.INFO):
+        step.fuse(batch, totals)
+    assert ("messages are not fused" in caplog.text) == wrong
+    assert ("messages are fused" in caplog.text) != wrong
