@@ -234,6 +234,10 @@ class TrainConfig:
     max_minutes: float | None = None
     """Stop after this time, with a checkpoint; running the same command again goes on."""
 
+    metric: dict[str, float] = field(default_factory=lambda: {"force_mae": 1.0})
+    """Validation errors and their weights, whose sum decides which weights are kept: of force_mae,
+    force_rmse [meV/Å], energy_mae [meV/atom] and angle [°]."""
+
     wandb_project: str | None = None
     """Project of Weights & Biases that the run is also shown in."""
 

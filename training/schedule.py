@@ -10,6 +10,9 @@ from openmm_mlffd.training.config import ConfigError, LossConfig, OptimizerConfi
 from openmm_mlffd.training.loss import TERMS
 from openmm_mlffd.variants import FILTERS
 
+METRICS = ("force_mae", "force_rmse", "energy_mae", "angle")
+"""Validation errors that may decide which weights are kept; all are there for every dataset."""
+
 
 def learning_rate(step: int, n_steps: int, config: OptimizerConfig) -> float:
     """Linear warm-up, then cosine from the highest to the final learning rate."""
@@ -113,6 +116,12 @@ def check_config(config: TrainConfig) -> None:
         raise ConfigError(f"loss.large_force must be positive, got {loss.large_force}")
     if config.fit_minutes is not None and config.fit_steps is not None:
         raise ConfigError("fit_minutes and fit_steps exclude one another")
+    for name, weight in config.metric.items():
+        _one_of("metric: the error", name, METRICS)
+        if not weight >= 0:
+            raise ConfigError(f"metric.{name} must not be negative, got {weight}")
+    if not any(config.metric.values()):
+        raise ConfigError("metric: all weights are 0")
     if not 0 <= optimizer.swa_start < 1:
         raise ConfigError(f"optimizer.swa_start is a share of the run, got {optimizer.swa_start}")
     if model.tail_cutoff is not None and not (model.charges and model.tail_cutoff >= model.cutoff):

@@ -371,8 +371,9 @@ class Trainer:
                 f"atoms/s: force MAE {r['force_mae']:.1f} RMSE {r['force_rmse']:.1f} meV/Å, "
                 f"energy MAE {r['energy_mae']:.2f} meV/atom, angle {r['angle']:.2f}°"
             )
-            if r["force_mae"] < self.progress.best:
-                self.progress.best = r["force_mae"]
+            value = sum(weight * r[name] for name, weight in self.config.metric.items())
+            if value < self.progress.best:
+                self.progress.best = value
                 self._save_student({"split": "val", "by_subset": rounded(table)})
             if self._watch is not None and self._watch(p, table):
                 self._stop = True

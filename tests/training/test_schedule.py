@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from openmm_mlffd.training.config import ConfigError, DataConfig, TrainConfig
+from openmm_mlffd.training.config import ConfigError, DataConfig, LossConfig, TrainConfig
 from openmm_mlffd.training.resident import plan
 from openmm_mlffd.training.schedule import Pace, check_config
 
@@ -42,6 +42,25 @@ def test_without_a_time_to_fit_to_the_epochs_decide(clock):
     assert not pace.is_over()  # earlier parts do not count
     clock[0] += 11
     assert pace.is_over()
+
+
+@pytest.mark.parametrize(
+    ("metric", "said"),
+    [
+        ({"stress_relative": 1.0}, "metric: the error must be one of force_mae"),
+        ({"force_mae": -1.0}, "metric.force_mae must not be negative"),
+        ({"force_mae": 0.0}, "all weights are 0"),
+    ],
+)
+def test_metric_that_means_nothing_is_refused(metric, said):
+    with pytest.raises(ConfigError, match=said):
+        check_config(config(metric=metric))
+
+
+@pytest.mark.parametrize("large", [0.0, -1.0])
+def test_limit_of_large_forces_must_be_positive(large):
+    with pytest.raises(ConfigError, match="large_force must be positive"):
+        check_config(config(loss=LossConfig(large_force=large)))
 
 
 @pytest.mark.parametrize("name", ["fit_minutes", "batch_edges"])

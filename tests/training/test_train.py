@@ -467,3 +467,24 @@ def test_run_with_muon_goes_on_as_if_it_had_not_stopped(morse_config, tmp_path):
     assert 0 < rest.progress.step < whole.progress.step
     rest.run()
     assert_same_run(rest, whole)
+
+
+def test_metric_decides_which_weights_are_kept(morse_config, tmp_path, monkeypatch):
+    course = iter([(40.0, 3.0), (41.0, 2.0), (39.0, 4.0), (60.0, 0.5)])
+
+    def errors_of(*_):
+        force, energy = next(course, (99.0, 99.0))
+        row = {"force_mae": force, "force_rmse": 1.0, "energy_mae": energy, "angle": 1.0}
+        return {"all": row, "morse": row}
+
+    monkeypatch.setattr("openmm_mlffd.training.train.evaluate", errors_of)
+    found = {}
+    for name, metric in (
+        ("forces", {"force_mae": 1.0}),
+        ("both", {"force_mae": 1.0, "energy_mae": 10.0}),
+    ):
+        course = iter([(40.0, 3.0), (41.0, 2.0), (39.0, 4.0), (60.0, 0.5)])
+        settings = {"epochs": 8, "validate_every": 15, "output": str(tmp_path / name)}
+        _, path = train(morse_config(metric=metric, **settings))
+        found[name] = read_header(path).metrics["by_subset"]["all"]["force_mae"]
+    assert found == {"forces": 39.0, "both": 41.0}
