@@ -104,7 +104,7 @@ def data_merge(
 
     rule = choose_rule(val, test, seed)
     if exclude or exclude_held_out:
-        from openmm_mlffd.training.datasets.exclusion import Exclusion
+        from openmm_mlffd.training.generation.exclusion import Exclusion
 
         unwanted = Exclusion(exclude or (), exclude_held_out or ())
         merged = merge(files, output, split=rule, wanted=lambda group: group not in unwanted)

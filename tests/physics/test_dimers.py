@@ -12,7 +12,6 @@ from openmm_mlffd.modelfile import bundled_students
 
 STUDENT = load_student(precision="double")
 PAIRS = list(itertools.combinations_with_replacement(STUDENT.numbers, 2))
-DENTS = [(1, 6), (1, 7), (1, 8), (1, 9)]
 
 
 def dimers(numbers, distances, student=STUDENT):
@@ -33,9 +32,7 @@ def dimers(numbers, distances, student=STUDENT):
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=["-".join(map(symbol, p)) for p in PAIRS])
-def test_atoms_that_clash_push_apart(pair, request):
-    if pair in DENTS:  # known issue, see CHANGELOG.md; strict, so that it goes
-        request.applymarker(pytest.mark.xfail(strict=True, reason="a dent high in the wall"))
+def test_atoms_that_clash_push_apart(pair):
     bond = sum(COVALENT_RADII[z] for z in pair)
     energy, force = dimers(pair, torch.arange(0.05, 0.7 * bond, 0.01, dtype=torch.float64))
     assert (force > 0.1).all()

@@ -6,9 +6,9 @@ from typer.testing import CliRunner
 
 from openmm_mlffd.cli import app
 from openmm_mlffd.training.datasets.combine import merge, split_file
-from openmm_mlffd.training.datasets.exclusion import Exclusion
 from openmm_mlffd.training.datasets.geometry import judge_geometry
 from openmm_mlffd.training.datasets.survey import Bounds, blocks_of, survey
+from openmm_mlffd.training.generation.exclusion import Exclusion
 from openmm_mlffd.training.hdf5 import (
     SPLITS,
     Dataset,

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from openmm_mlffd.training.datasets.survey import blocks_of
 from openmm_mlffd.training.generation.molecules import read_excluded, skeletons
 from openmm_mlffd.training.generation.peptides import smiles_of_group
 from openmm_mlffd.training.hdf5 import SPLITS, Dataset
+
+_BLOCK = 4096  # structures that are read at a time
 
 
 class Exclusion:
@@ -37,7 +38,8 @@ class Exclusion:
             with Dataset(path, unlabelled=True) as dataset:
                 groups = dataset.group_names()
                 held: set[int] = set()
-                for _, block in blocks_of(dataset):
+                for start in range(0, len(dataset), _BLOCK):
+                    block = dataset.read(start, min(start + _BLOCK, len(dataset)))
                     held |= set(block.group[block.split != SPLITS.index("train")].tolist())
             for name in (groups[i] for i in held):
                 self._names.add(name)
