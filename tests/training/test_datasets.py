@@ -314,7 +314,7 @@ def test_molecules_that_another_dataset_holds_out_are_left_out(tmp_path):
 
     held = [
         grouped("test.h5", ["NCCc1ccccc1", "water #4"], val=0.0, test=1.0 - 1e-9),
-        grouped("val.h5", ["CCO.CCS"], val=1.0 - 1e-9, test=0.0),
+        grouped("val.h5", ["CCO.CCS", "CO.CO"], val=1.0 - 1e-9, test=0.0),
         grouped("train.h5", ["CCN"], val=0.0, test=0.0),
     ]
     unwanted = Exclusion(held_out=held)
@@ -324,11 +324,25 @@ def test_molecules_that_another_dataset_holds_out_are_left_out(tmp_path):
         ("O.NCCc1ccccc1", True),
         ("CC[S-].CCO", True),
         ("CCO.CCN", False),
+        ("CO.CO", True),
+        ("CO", False),
+        ("CO.CCN", False),
         ("CCN", False),
         ("water #4", True),
         ("water #5", False),
     ):
         assert (group in unwanted) == expected, group
+    new = grouped("new.h5", ["CCN"])
+    with DatasetWriter(tmp_path / "b.h5", teacher=None, subsets=["x"], split=SplitRule()) as writer:
+        writer.append(pack(frame("CCO"), ["x"]), ["NCCc1ccccc1"])
+    out = tmp_path / "out.h5"
+    options = ["--exclude-held-out", str(held[0]), "-o", str(out), "--val", "0", "--test", "0"]
+    done = CliRunner().invoke(
+        app, ["data", "merge", str(new), str(tmp_path / "b.h5"), *options], catch_exceptions=False
+    )
+    assert "1 structures, 0 duplicates, 1 of molecules to exclude left out" in done.stdout
+    with Dataset(out, unlabelled=True) as dataset:
+        assert dataset.group_names() == ["CCN"]
 
 
 def test_commands_say_what_they_wrote(rewrite, tmp_path):

@@ -280,12 +280,15 @@ class ReducedProducts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("wrong", [False, True])
-def test_rounding_does_not_keep_a_trained_student_from_fused_messages(
-    wrong, make_structures, make_student, monkeypatch, caplog
+@pytest.mark.parametrize("way", ["fused", "compiled"])
+def test_rounding_does_not_keep_a_trained_student_from_fast_steps(
+    way, wrong, make_structures, make_student, monkeypatch, caplog
 ):
     """Near its labels, TF32 changes a gradient by more than the limit, and still is no error."""
     student = make_student(elements=["H", "C", "O"], references=[0.0] * 3).float().train()
-    config = TrainConfig(data=None, loss=LossConfig(forces_delta=0.02), fused="on")
+    config = TrainConfig(
+        data=None, loss=LossConfig(forces_delta=0.02), fused="on" if way == "fused" else "off"
+    )
     step = TrainingStep(student, copy.deepcopy(student), config)
     batch = training_batch(make_batch(make_structures(12), student, CPU), student)
     exact = predict(student.network, batch, student.energy_scale)
@@ -310,6 +313,11 @@ def test_rounding_does_not_keep_a_trained_student_from_fused_messages(
     assert _deviation(Fused()(*arguments), plain(*arguments)) > 0.02
     monkeypatch.setattr("openmm_mlffd.training.step.fused_gradient", lambda *_: Fused())
     step.set_controls(0.0, 0.0, (0, 0), [1.0] * len(TERMS))
+    if way == "compiled":  # what a compiler would make of the traced operations
+        monkeypatch.setattr(torch, "compile", lambda *_, **__: Fused())
+        monkeypatch.setattr("openmm_mlffd.training.step._of_values", lambda compiled: compiled)
+        assert step.compile(batch, totals) != wrong
+        return
     with caplog.at_level(logging.INFO):
         step.fuse(batch, totals)
     assert ("messages are not fused" in caplog.text) == wrong

@@ -32,7 +32,7 @@ class Exclusion:
 
     def __init__(self, lists: Sequence[Path] = (), held_out: Sequence[Path] = ()) -> None:
         self._molecules = set(read_excluded(lists))
-        self._clusters: set[frozenset[str]] = set()
+        self._clusters: set[tuple[str, ...]] = set()
         self._names: set[str] = set()
         for path in held_out:
             with Dataset(path, unlabelled=True) as dataset:
@@ -45,7 +45,7 @@ class Exclusion:
                 self._names.add(name)
                 found = skeletons(smiles_of_group(name))
                 if len(found) == 1:
-                    self._molecules |= found
+                    self._molecules.update(found)
                 elif found:
                     self._clusters.add(found)
 
@@ -53,4 +53,4 @@ class Exclusion:
         if group in self._names:
             return True
         found = skeletons(smiles_of_group(group))
-        return bool(found & self._molecules) or found in self._clusters
+        return not self._molecules.isdisjoint(found) or found in self._clusters

@@ -121,17 +121,17 @@ def read_excluded(paths: Iterable[Path]) -> frozenset[str]:
     return frozenset(found)
 
 
-def skeletons(smiles: str) -> frozenset[str]:
-    """First blocks of the InChIKeys of the molecules of a SMILES; none of text that is no SMILES.
+def skeletons(smiles: str) -> tuple[str, ...]:
+    """First blocks of the InChIKeys of the molecules of a SMILES, sorted; none of other text.
 
     Molecules that differ in their protons or their stereochemistry alone have the same.
     """
     with BlockLogs():
         molecule = Chem.MolFromSmiles(smiles)
         if molecule is None:
-            return frozenset()
+            return ()
         parts = Chem.GetMolFrags(molecule, asMols=True)
-        return frozenset(Chem.MolToInchiKey(part)[:_BLOCK] for part in parts)
+        return tuple(sorted(Chem.MolToInchiKey(part)[:_BLOCK] for part in parts))
 
 
 def find_files(source: SourceConfig, folder: Path) -> list[Path]:
