@@ -248,6 +248,8 @@ def test_recipe_that_comes_with_the_package_is_valid():
         ("subsets.pairs.sampling.method=mc", "sampling.method must be one of md, modes, rattle"),
         ("subsets.pairs.sampling.temperatures=[0]", "temperatures must be positive"),
         ("subsets.water.sampling.method=modes", "boxes are sampled by md, not by .* modes"),
+        ("subsets.pairs.sampling.force_field=uff", "force_field must be one of mmff94, auto, got"),
+        ("subsets.water.sampling.force_field=auto", "boxes are sampled with .* mmff94"),
         ("subsets.pairs.sampling.lengths=[0.5]", "sampling.lengths must be two positive numbers"),
         ("subsets.pairs.sampling.torn=[-1]", "sampling.torn must be numbers from 0"),
         ("subsets.water.edges=[9,8]", "edges must be two positive numbers, the smaller first"),

@@ -7,7 +7,7 @@ from rdkit.Chem.rdMolTransforms import GetDihedralDeg
 
 from openmm_mlffd.elements import COVALENT_RADII
 from openmm_mlffd.training.generation import boxes, clusters, openmm_mmff
-from openmm_mlffd.training.generation.mmff import RdkitForces
+from openmm_mlffd.training.generation.mmff import RdkitForces, choose_field
 from openmm_mlffd.training.generation.molecules import embed, masses_of, numbers_of
 from openmm_mlffd.training.generation.recipe import BoxesConfig, SamplingConfig
 from openmm_mlffd.training.generation.sampling import (
@@ -49,18 +49,38 @@ def test_mmff_in_openmm_is_that_of_rdkit(smiles):
     assert difference == pytest.approx(theirs.energy(moved) - theirs.energy(start), abs=1e-3)
 
 
-def test_forces_of_rdkit_are_the_gradient_at_the_positions_asked_for():
-    molecule = embed("CCO", 1)
-    forces = RdkitForces(molecule)
+@pytest.mark.parametrize("smiles", ["CCO", "CC(=O)O[O-]"])  # by MMFF94, and by UFF
+def test_forces_of_rdkit_are_the_gradient_at_the_positions_asked_for(smiles):
+    molecule = embed(smiles, 1, "auto")
+    forces = RdkitForces(molecule, "auto")
     rng = np.random.default_rng(0)
-    x = molecule.GetConformer().GetPositions() + rng.normal(scale=0.1, size=(9, 3))
+    start = molecule.GetConformer().GetPositions()
+    x = start + rng.normal(scale=0.1, size=start.shape)
     forces(x + 1.0 * rng.normal(size=x.shape))  # whose distances must be forgotten
     found, step = forces(x), 1e-4
-    for atom, axis in [(0, 0), (4, 2), (8, 1)]:
+    for atom, axis in [(0, 0), (4, 2), (len(x) - 1, 1)]:
         shift = np.zeros_like(x)
         shift[atom, axis] = step
         slope = (forces.energy(x + shift) - forces.energy(x - shift)) / (2 * step)
         assert found[atom, axis] == pytest.approx(-slope, abs=1e-5)
+
+
+def test_uff_takes_the_place_of_mmff94_only_where_it_is_asked_for():
+    anion = "CC(=O)O[O-]"
+    with pytest.raises(SamplingError, match="MMFF94 has no parameters for it"):
+        embed(anion, 1)
+    molecule = embed(anion, 1, "auto")
+    assert choose_field(molecule, "auto") == "uff"
+    assert choose_field(embed("CCO", 1), "auto") == "mmff94"
+    with pytest.raises(SamplingError, match="neither MMFF94 nor UFF"):
+        embed("FS(F)(F)(F)(F)F", 1, "auto")
+    # molecules of a cluster feel one another
+    waters = [molecule, embed("O", 1)]
+    anion_at, water_at = (m.GetConformer().GetPositions() for m in waters)
+    near, far = (np.concatenate([anion_at, water_at + np.array([x, 0, 0])]) for x in (3.5, 30.0))
+    forces = RdkitForces(clusters.combine(waters, near), "auto")
+    assert abs(forces(near)[-3:].sum(0)).max() > 1e-3
+    assert abs(forces(far)[-3:].sum(0)).max() < 1e-4
 
 
 # dynamics and modes

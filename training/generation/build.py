@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from rdkit import Chem
 
 from openmm_mlffd.training.generation import boxes, clusters, openmm_mmff, structure_files
-from openmm_mlffd.training.generation.mmff import RdkitForces
+from openmm_mlffd.training.generation.mmff import RdkitForces, choose_field
 from openmm_mlffd.training.generation.molecules import embed, masses_of, numbers_of, silence
 from openmm_mlffd.training.generation.plan import Task
 from openmm_mlffd.training.generation.recipe import (
@@ -114,7 +114,7 @@ def build(loaded: LoadedRecipe, task: Task) -> list[Frame]:
         if isinstance(subset, ClustersConfig):
             molecule, start = _cluster(subset, task, rng)
         else:
-            molecule = embed(task.inputs["smiles"], _seed(rng))
+            molecule = embed(task.inputs["smiles"], _seed(rng), subset.sampling.force_field)
             start = np.array(molecule.GetConformer().GetPositions())
         frames += _sample_molecule(subset.sampling, task, molecule, start, rng)
     return frames
@@ -127,8 +127,9 @@ def _seed(rng: np.random.Generator) -> int:
 def _forces(molecule: Any, sampling: SamplingConfig) -> Any:
     if sampling.method == "student":
         return StudentForces(numbers_of(molecule), sampling.student)
-    if molecule.GetNumAtoms() <= RDKIT_ATOMS:
-        return RdkitForces(molecule)
+    small = molecule.GetNumAtoms() <= RDKIT_ATOMS
+    if small or choose_field(molecule, sampling.force_field) == "uff":
+        return RdkitForces(molecule, sampling.force_field)
     parts, order = _kinds(molecule)
     return openmm_mmff.OpenmmForces(openmm_mmff.build_system(parts, order))
 
@@ -171,11 +172,12 @@ def _sample_molecule(
 def _cluster(
     subset: ClustersConfig, task: Task, rng: np.random.Generator
 ) -> tuple[Any, NDArray[np.float64]]:
-    kinds = {s: embed(s, _seed(rng)) for s in dict.fromkeys(task.inputs["smiles"])}
+    field = subset.sampling.force_field
+    kinds = {s: embed(s, _seed(rng), field) for s in dict.fromkeys(task.inputs["smiles"])}
     molecules = [kinds[s] for s in task.inputs["smiles"]]
     start = clusters.assemble(molecules, subset.gap, rng)
     whole = clusters.combine(molecules, start)
-    forces = _forces(whole, SamplingConfig(method="md"))
+    forces = _forces(whole, SamplingConfig(method="md", force_field=field))
     return whole, forces.minimize(start, _RELAX_STEPS)
 
 
@@ -267,7 +269,7 @@ def _sample_start(
     elif start.system is not None:
         forces = openmm_mmff.OpenmmForces(start.system)
     elif start.molecule is not None:
-        forces = RdkitForces(start.molecule)
+        forces = RdkitForces(start.molecule, sampling.force_field)
     else:
         raise SamplingError(
             "there are no bonds in the file, which force fields need; sample it with "

@@ -1,4 +1,4 @@
-"""MMFF94, by RDKit for small systems and by OpenMM for large and periodic ones.
+"""MMFF94, by RDKit for small systems and by OpenMM for large and periodic ones; UFF by RDKit.
 
 References
 ----------
@@ -26,6 +26,7 @@ _DEGREE = math.pi / 180.0
 COULOMB = 332.0716 * KJ_PER_KCAL / ANGSTROM_PER_NM  # as MMFF94 has it [kJ nm/mol/e^2]
 _LINEAR_TYPES = frozenset({4, 53, 61})
 SCALE_14 = 0.75
+NO_PARAMETERS = "MMFF94 has no parameters for it"
 _ALL = 1e6  # beyond any distance [Å]: RDKit leaves out pairs further apart than 100 Å
 
 
@@ -39,28 +40,69 @@ def properties(molecule: Any) -> Any:
     """
     found = rdForceFieldHelpers.MMFFGetMoleculeProperties(molecule)
     if found is None:
-        raise SamplingError("MMFF94 has no parameters for it")
+        raise SamplingError(NO_PARAMETERS)
     return found
 
 
+def choose_field(molecule: Any, force_field: str) -> str:
+    """Which force field a molecule gets: "mmff94" or "uff".
+
+    Parameters
+    ----------
+    molecule
+        With its hydrogens.
+    force_field
+        "mmff94"; or "auto", which is UFF where MMFF94 has no parameters.
+
+    Raises
+    ------
+    SamplingError
+        If there are no parameters for it.
+
+    References
+    ----------
+    A. K. Rappé et al., J. Am. Chem. Soc. 114, 10024 (1992), for UFF.
+    """
+    if rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
+        return "mmff94"
+    if force_field == "mmff94":
+        raise SamplingError(NO_PARAMETERS)
+    if not rdForceFieldHelpers.UFFHasAllMoleculeParams(molecule):
+        raise SamplingError("neither MMFF94 nor UFF has parameters for it")
+    return "uff"
+
+
 class RdkitForces:
-    """MMFF94 of molecules in vacuum, by RDKit.
+    """MMFF94, or UFF, of molecules in vacuum, by RDKit.
 
     Parameters
     ----------
     molecule
         One or several molecules with hydrogens and a conformer.
+    force_field
+        See `choose_field`.
+
+    Raises
+    ------
+    SamplingError
+        If there are no parameters for a molecule.
     """
 
-    def __init__(self, molecule: Any) -> None:
-        self._field = rdForceFieldHelpers.MMFFGetMoleculeForceField(
-            molecule,
-            properties(molecule),
-            nonBondedThresh=_ALL,
-            ignoreInterfragInteractions=False,  # the default: molecules that do not see each other
-        )
+    def __init__(self, molecule: Any, force_field: str = "mmff94") -> None:
+        # without ignoreInterfragInteractions molecules do not see each other
+        if choose_field(molecule, force_field) == "uff":
+            self._field = rdForceFieldHelpers.UFFGetMoleculeForceField(
+                molecule, vdwThresh=_ALL, ignoreInterfragInteractions=False
+            )
+        else:
+            self._field = rdForceFieldHelpers.MMFFGetMoleculeForceField(
+                molecule,
+                properties(molecule),
+                nonBondedThresh=_ALL,
+                ignoreInterfragInteractions=False,
+            )
         if self._field is None:
-            raise SamplingError("MMFF94 has no parameters for it")
+            raise SamplingError("RDKit makes no force field of it")
         self._molecule = molecule
 
     def energy(self, positions: NDArray[np.float64]) -> float:

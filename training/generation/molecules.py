@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rdkit import Chem, RDLogger
-from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
+from rdkit.Chem import rdDistGeom
 from rdkit.rdBase import BlockLogs
 
 from openmm_mlffd.training.generation.mmff import RdkitForces
@@ -223,8 +223,17 @@ def ionize(smiles: str, rng: np.random.Generator) -> str | None:
         return str(Chem.MolToSmiles(edited))
 
 
-def embed(smiles: str, seed: int) -> Any:
-    """A molecule with its hydrogens and one conformer, by ETKDG (version 3) and MMFF94.
+def embed(smiles: str, seed: int, force_field: str = "mmff94") -> Any:
+    """A molecule with its hydrogens and one conformer, by ETKDG (version 3) and a force field.
+
+    Parameters
+    ----------
+    smiles
+        The molecule.
+    seed
+        Of the conformer.
+    force_field
+        See `choose_field`.
 
     Raises
     ------
@@ -239,9 +248,7 @@ def embed(smiles: str, seed: int) -> Any:
         settings.useRandomCoords = molecule.GetNumAtoms() > 100
         if rdDistGeom.EmbedMolecule(molecule, settings) != 0:
             raise SamplingError("ETKDG finds no conformer")
-        if not rdForceFieldHelpers.MMFFHasAllMoleculeParams(molecule):
-            raise SamplingError("MMFF94 has no parameters for it")
-        forces = RdkitForces(molecule)
+        forces = RdkitForces(molecule, force_field)
         start = np.array(molecule.GetConformer().GetPositions())
         forces.minimize(start, _MINIMIZE_STEPS)
     return molecule

@@ -8,6 +8,7 @@ from typing import Any
 from openmm_mlffd.training.config import ConfigError, check_keys, read_settings, typed
 
 METHODS = ("md", "modes", "rattle", "student", "torn", "none")
+FORCE_FIELDS = ("mmff94", "auto")
 CAPS = ("ace-nme", "ace-nh2", "zwitterion", "neutral")
 
 
@@ -19,6 +20,9 @@ class SamplingConfig:
     """"md" or "modes" with the force field, "student" for dynamics with a student, "rattle" for
     random displacements alone, "torn" for molecules with bonds that are far too long or short,
     "none" for the structure itself."""
+
+    force_field: str = "mmff94"
+    """"mmff94", which has no parameters for many inorganic molecules, or "auto": UFF for those."""
 
     conformers: int = 1
     """Conformers of a molecule; each is sampled at one temperature."""
@@ -278,8 +282,15 @@ def _check(subset: Subset, place: str) -> None:
             f"{place}: sampling.method must be one of {', '.join(METHODS)}, "
             f"got {subset.sampling.method!r}"
         )
+    if subset.sampling.force_field not in FORCE_FIELDS:
+        raise ConfigError(
+            f"{place}: sampling.force_field must be one of {', '.join(FORCE_FIELDS)}, "
+            f"got {subset.sampling.force_field!r}"
+        )
     if not subset.sampling.temperatures or min(subset.sampling.temperatures) <= 0:
         raise ConfigError(f"{place}: sampling.temperatures must be positive")
+    if isinstance(subset, BoxesConfig) and subset.sampling.force_field != "mmff94":
+        raise ConfigError(f"{place}: boxes are sampled with sampling.force_field: mmff94")
     if isinstance(subset, BoxesConfig) and subset.sampling.method != "md":
         raise ConfigError(
             f"{place}: boxes are sampled by md, not by sampling.method: {subset.sampling.method}"
