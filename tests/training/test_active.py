@@ -250,6 +250,7 @@ def test_labels_of_another_teacher_are_refused(world, write_config, tmp_path):
     config = load_active(write_config(), ["rounds=1", f"data=[{tmp_path / 'other.h5'}]"])
     with pytest.raises(ConfigError, match="the data have labels of 'another', the new ones"):
         run_active(config, echo=lambda _: None)
+    assert not list(Path(config.output).rglob("batch-*.npz"))  # before anything was explored
 
 
 def test_student_that_got_worse_is_not_accepted(write_config, tmp_path, world):

@@ -218,6 +218,10 @@ class _Round:
 
     def run(self) -> None:
         """All stages that are not done."""
+        if not (self.folder / "candidates.h5").exists():
+            # what the exploration costs is not to be lost to a wrong setting
+            with self._teacher().start() as teacher:
+                self._check_teacher(teacher.describe())
         self._explore()
         summary = self._curate()
         if summary["frames"] == 0:
@@ -302,21 +306,32 @@ class _Round:
 
     # label
 
-    def _label(self) -> None:
+    def _teacher(self) -> TeacherChoice:
         teacher = self.config.teacher
         installed = installed_python(teacher.name)
-        choice = TeacherChoice(
+        return TeacherChoice(
             name=teacher.name,
             options=dict(teacher.options),
             python=teacher.python or (str(installed) if installed else None),
             timeout=teacher.timeout,
             batch_atoms=teacher.batch_atoms,
         )
+
+    def _check_teacher(self, described: str) -> None:
+        known = self.loop.held_out.teacher
+        if described != known:
+            raise ConfigError(
+                f"teacher: the data have labels of {known!r}, the new ones would be of "
+                f"{described!r}; energies of two teachers have nothing to do with one another"
+            )
+
+    def _label(self) -> None:
+        teacher = self.config.teacher
         self.loop.deadline.check()
         summary = label(
             open_source(self.folder / "candidates.h5"),
             self.folder / "labels",
-            choice,
+            self._teacher(),
             limits=Limits(max_force=teacher.max_force, max_net_force=teacher.max_net_force),
             shard_size=teacher.shard_size,
             workers=Workers(count=teacher.workers),
@@ -324,12 +339,7 @@ class _Round:
         if summary.dataset is None:
             return
         with Dataset(summary.dataset) as dataset:
-            if dataset.teacher != self.loop.held_out.teacher:
-                raise ConfigError(
-                    f"teacher: the data have labels of {self.loop.held_out.teacher!r}, the new "
-                    f"ones are of {dataset.teacher!r}; energies of two teachers have nothing to "
-                    "do with one another"
-                )
+            self._check_teacher(dataset.teacher)
 
     # train
 
