@@ -233,10 +233,38 @@ def test_torn_molecules_are_made_by_a_recipe_of_the_package(recipe, tmp_path):
     assert min(shortest[names.index("alcohols")]) > 0.75
 
 
-def test_recipe_that_comes_with_the_package_is_valid():
-    loaded = load_recipe(BROAD)
+@pytest.mark.parametrize(
+    ("name", "subsets"),
+    [
+        ("broad", {"drugs", "peptides", "dimers", "water", "box_drugs"}),
+        ("torn", {"torn_small", "scaled_dimers", "turned_drugs", "apart"}),
+        ("ions", {"inorganic", "inorganic_torn", "inorganic_water", "drug_ions", "ion_pairs"}),
+    ],
+)
+def test_recipe_that_comes_with_the_package_is_valid(name, subsets):
+    loaded = load_recipe(BROAD.with_name(f"{name}.yaml"))
     assert loaded.recipe.exclude == ["benchmarks.inchikeys", "spice_test.inchikeys"]
-    assert {"drugs", "peptides", "dimers", "water", "box_drugs"} <= set(loaded.subsets)
+    assert subsets <= set(loaded.subsets)
+
+
+def test_inorganic_molecules_are_readable_and_those_of_the_recipe():
+    recipe = load_recipe(BROAD.with_name("ions.yaml"))
+    listed = [
+        line.strip()
+        for line in BROAD.with_name("inorganic.smi").read_text().splitlines()
+        if line.strip() and not line.startswith("#")
+    ]
+    elements = {
+        atom.GetSymbol()
+        for text in listed
+        for atom in Chem.AddHs(Chem.MolFromSmiles(text)).GetAtoms()
+    }
+    assert elements == set(recipe.recipe.elements)
+    assert len({Chem.CanonSmiles(text) for text in listed}) == len(listed)  # none twice
+    held_out = {
+        Chem.CanonSmiles(s) for s in ("[O-]S([O-])(=O)=O", "ClP1(Cl)=NP(Cl)(Cl)=NP(Cl)(Cl)=N1")
+    }
+    assert not held_out & {Chem.CanonSmiles(text) for text in listed}
 
 
 @pytest.mark.parametrize(
