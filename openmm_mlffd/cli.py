@@ -74,7 +74,7 @@ def train(
     if trainer.processes.is_first:
         done = "finished" if trainer.finished else "stopped; the same command goes on"
         typer.echo(f"{done}: {path}")
-    trainer.processes.close()
+    trainer.processes.end()
 
 
 @app.command()

@@ -1,6 +1,8 @@
 """Training by several processes, as `torchrun` starts them; one process needs nothing of this."""
 
+import logging
 import os
+import sys
 from typing import Any
 
 import torch
@@ -92,3 +94,17 @@ class Processes:
             dist.barrier()
             dist.destroy_process_group()
             self._owns_group = False
+
+    def end(self) -> None:
+        """Close, and end this process if it is one of several: the last thing that it does.
+
+        Threads of PyTorch may still be there when the interpreter takes itself apart; now and
+        then that aborts it, and `torchrun` takes a run that is done for one that failed.
+        """
+        several = self._owns_group
+        self.close()
+        if several:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)

@@ -89,3 +89,29 @@ def test_half_of_the_variables_of_torchrun_are_an_error(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="LOCAL_RANK, MASTER_ADDR, MASTER_PORT; start several"):
         Processes.from_environment()
+
+
+ENDS = """
+import atexit, sys
+from openmm_mlffd.training.distributed import Processes
+atexit.register(lambda: print("the interpreter took itself apart", file=sys.stderr))
+processes = Processes.from_environment()
+print(f"process {processes.rank} is done", end="")
+processes.end()
+print("and goes on")
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_process_of_several_ends_before_the_interpreter_does(count, tmp_path):
+    script = tmp_path / "ends.py"
+    script.write_text(ENDS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(count), str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    for rank in range(count):
+        assert f"process {rank} is done" in done.stdout  # nothing that was written is lost
+    assert ("and goes on" in done.stdout) == (count == 1)
+    assert ("took itself apart" in done.stderr) == (count == 1)
+    assert done.returncode == 0, done.stderr
