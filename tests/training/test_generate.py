@@ -233,6 +233,19 @@ def test_torn_molecules_are_made_by_a_recipe_of_the_package(recipe, tmp_path):
     assert min(shortest[names.index("alcohols")]) > 0.75
 
 
+@pytest.mark.parametrize(("field", "failures"), [("mmff94", 1), ("auto", 0)])
+def test_recipe_may_ask_for_uff_where_mmff94_has_no_parameters(recipe, tmp_path, field, failures):
+    (tmp_path / "some.smi").write_text("CCO\nCC(=O)O[O-]\nCO\n")
+    names = ("alcohols", "pairs")
+    settings = [f"subsets.{name}.sampling.force_field={field}" for name in names]
+    loaded = load_recipe(recipe, [*settings, "subsets.pairs.sources=[{file: some.smi}]"])
+    summary = generate(loaded, tmp_path / "out", workers=HERE, progress=False)
+    without = [text for _, text in summary.failures if "MMFF94 has no parameters for it" in text]
+    for name in names:
+        failed = [text for text in without if text.startswith(name)]
+        assert bool(failed) == bool(failures)
+
+
 @pytest.mark.parametrize(
     ("name", "subsets"),
     [
