@@ -210,6 +210,18 @@ def test_peptides_that_are_none_are_refused():
         peptide_smiles("A", "none")
 
 
+def test_drawn_peptides_have_one_of_the_letters_asked_for():
+    def draw(**settings):
+        config = PeptideConfig(lengths=[1, 2, 3], count=40, **settings)
+        return [m.group.split()[1] for m in draw_peptides(config, np.random.default_rng(0))]
+
+    assert not all(set("DE") & set(sequence) for sequence in draw())
+    chosen = draw(with_any="DE")
+    assert len(chosen) == 40
+    assert all(set("DE") & set(sequence) for sequence in chosen)
+    assert {len(sequence) for sequence in chosen} == {1, 2, 3}
+
+
 def test_drawn_peptides_have_the_lengths_asked_for():
     config = PeptideConfig(lengths=[2, 3], count=40)
     drawn = list(draw_peptides(config, np.random.default_rng(0)))

@@ -96,9 +96,11 @@ def draw_peptides(config: PeptideConfig, rng: np.random.Generator) -> Iterator[M
     letters = sorted(RESIDUES)
     sequences = list(config.sequences)
     if not sequences:
-        for _ in range(config.count):
+        while len(sequences) < config.count:
             length = int(rng.choice(config.lengths))
-            sequences.append("".join(rng.choice(letters, length).tolist()))
+            sequence = "".join(rng.choice(letters, length).tolist())
+            if not config.with_any or set(sequence) & set(config.with_any):
+                sequences.append(sequence)
     for sequence in sequences:
         caps = str(rng.choice(config.caps))
         states = {

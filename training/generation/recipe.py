@@ -10,6 +10,7 @@ from openmm_mlffd.training.config import ConfigError, check_keys, read_settings,
 METHODS = ("md", "modes", "rattle", "student", "torn", "none")
 FORCE_FIELDS = ("mmff94", "auto")
 CAPS = ("ace-nme", "ace-nh2", "zwitterion", "neutral")
+AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,9 @@ class PeptideConfig:
 
     sequences: list[str] = field(default_factory=list)
     """One-letter sequences that are taken instead of random ones."""
+
+    with_any: str = ""
+    """Random ones have at least one of these letters; any do if there is none."""
 
     caps: list[str] = field(default_factory=lambda: ["ace-nme"])
     """Ends to draw from: "ace-nme", "ace-nh2", "zwitterion" or "neutral"."""
@@ -311,6 +315,9 @@ def _check(subset: Subset, place: str) -> None:
         strange = set(source.peptides.caps) - set(CAPS) if source.peptides else set()
         if strange:
             raise ConfigError(f"{place}: caps must be of {', '.join(CAPS)}, got {strange.pop()!r}")
+        letters = source.peptides.with_any if source.peptides else ""
+        if set(letters) - set(AMINO_ACIDS):
+            raise ConfigError(f"{place}: with_any must be letters of amino acids, got {letters!r}")
     if not isinstance(subset, BoxesConfig | ClustersConfig) and not subset.sources:
         raise ConfigError(f"{place}: needs sources of molecules")
     if isinstance(subset, ClustersConfig) and not subset.sources and max(subset.molecules) > 0:
