@@ -50,6 +50,7 @@ _HEATING_STAGES = 10
 _WALL = 1e8  # of the leash, kJ/mol/nm⁴
 _LEASHED_CALLS = 50
 _LEASHED_ITERATIONS = 200
+_SHAKE = 0.02  # Å; the first trial squeezes a perfectly symmetric molecule into a point
 _MINIMUM = 10.0  # kJ/mol/nm, root mean square; it is heated next
 
 
@@ -313,8 +314,10 @@ class _Run:
     ) -> NDArray[np.float64]:
         """Positions at the end [nm]."""
         atoms = np.flatnonzero(self._mobile)
-        start = self.state.getPositions(asNumpy=True)._value
+        start = np.array(self.state.getPositions(asNumpy=True)._value)
         context.setPeriodicBoxVectors(*self.state.getPeriodicBoxVectors())
+        shake = np.random.default_rng(self._seed).normal(size=(len(atoms), 3))
+        start[atoms] += _SHAKE / ANGSTROM_PER_NM * shake
         for _ in range(_LEASHED_CALLS):
             for k, i in enumerate(atoms):
                 leash.setParticleParameters(k, int(i), start[i])

@@ -20,6 +20,7 @@ from openmm_mlffd.interfaces.openmm_prepare import (
 )
 from openmm_mlffd.interfaces.openmm_untangle import untangle
 from openmm_mlffd.units import ANGSTROM_PER_NM
+from openmm_mlffd.validation.suite.systems import load_system as find_system
 
 STRUCTURES = Path(__file__).parents[2] / "examples" / "structures"
 SHORT = {"picoseconds": 0.01, "platform": "Reference", "selfTest": False}
@@ -154,6 +155,20 @@ def test_the_minimiser_does_not_leap_into_a_hole_far_away(make_topology):
     found = prepare(topology, start, system=system, picoseconds=0.01, platform="Reference")
     kept = coordinates(found.state)
     assert np.linalg.norm(kept[1] - kept[0]) == pytest.approx(1.5, abs=0.2)
+
+
+def test_a_perfectly_symmetric_molecule_is_not_squeezed_into_a_point():
+    """The first trial of OpenMM's minimiser moves benzene along its breathing mode alone."""
+    benzene = find_system("benzene")
+    done = prepare(
+        benzene.topology,
+        benzene.positions / ANGSTROM_PER_NM,
+        picoseconds=0.05,
+        platform="Reference",
+    )
+    positions = done.state.getPositions(asNumpy=True)._value * ANGSTROM_PER_NM
+    sides = np.linalg.norm(positions[:6] - np.roll(positions[:6], 1, axis=0), axis=1)
+    assert abs(sides - 1.39).max() < 0.15
 
 
 def test_the_minimiser_goes_as_far_as_it_must(make_topology):
