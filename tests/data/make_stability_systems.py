@@ -25,6 +25,7 @@ from openmm_mlffd.validation.structures import topology_of
 from openmm_mlffd.validation.suite.systems import BOXES, UNSEEN
 
 FOLDER = Path(__file__).parents[2] / "openmm_mlffd" / "validation" / "suite" / "systems"
+EXCLUDED = Path(__file__).parents[2] / "training" / "configs" / "stability.inchikeys"
 SEED = 7
 
 DRUGS = {
@@ -121,6 +122,14 @@ def write_box(smiles: str, path: Path) -> None:
         app.PDBFile.writeFile(topology, structure.positions.astype(float) * unit.angstrom, file)
 
 
+def write_excluded(path: Path) -> None:
+    """InChIKeys of all of them, which recipes of training data leave out."""
+    everything = (molecules() | SOLUTES).values()
+    keys = sorted({Chem.MolToInchiKey(Chem.MolFromSmiles(smiles)) for smiles in everything})
+    head = "# Molecules and peptides of the stability test (tests/data/make_stability_systems.py)"
+    path.write_text("\n".join([f"{head} as InChIKeys.", *keys]) + "\n")
+
+
 def refuse_seen(data: Path) -> None:
     """Raise if the skeleton of a molecule is in the training split of a data set."""
     with Dataset(data) as dataset:
@@ -144,6 +153,7 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         refuse_seen(Path(sys.argv[1]))
     assert tuple(molecules()) == UNSEEN
+    write_excluded(EXCLUDED)
     for name, smiles in molecules().items():
         write_molecule(smiles, FOLDER / f"unseen-{name.replace(' ', '-')}.pdb")
     for name, smiles in SOLUTES.items():

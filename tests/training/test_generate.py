@@ -306,6 +306,10 @@ def test_inorganic_molecules_are_readable_and_those_of_the_recipe():
         ("subsets.alcohols.sources=[]", "needs sources of molecules"),
         ("subsets.alcohols.sources=[{}]", "a source has either a file or peptides"),
         ("subsets.alcohols.sources=[{peptides: {with_any: DX}}]", "with_any must be letters of"),
+        (
+            "subsets.alcohols.sources=[{peptides: {with_any: D, sequences: [AD]}}]",
+            "with_any is for random peptides, but sequences are given",
+        ),
         ("subsets={}", None),
     ],
 )

@@ -25,7 +25,12 @@ from openmm_mlffd.training.generation.peptides import (
     peptide_smiles,
     smiles_of_group,
 )
-from openmm_mlffd.training.generation.recipe import PeptideConfig, SourceConfig, load_recipe
+from openmm_mlffd.training.generation.recipe import (
+    AMINO_ACIDS,
+    PeptideConfig,
+    SourceConfig,
+    load_recipe,
+)
 from openmm_mlffd.training.generation.sampling import SamplingError
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -215,6 +220,7 @@ def test_drawn_peptides_have_one_of_the_letters_asked_for():
         config = PeptideConfig(lengths=[1, 2, 3], count=40, **settings)
         return [m.group.split()[1] for m in draw_peptides(config, np.random.default_rng(0))]
 
+    assert set(AMINO_ACIDS) == set(RESIDUES)
     assert not all(set("DE") & set(sequence) for sequence in draw())
     chosen = draw(with_any="DE")
     assert len(chosen) == 40

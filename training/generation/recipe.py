@@ -318,6 +318,8 @@ def _check(subset: Subset, place: str) -> None:
         letters = source.peptides.with_any if source.peptides else ""
         if set(letters) - set(AMINO_ACIDS):
             raise ConfigError(f"{place}: with_any must be letters of amino acids, got {letters!r}")
+        if letters and source.peptides and source.peptides.sequences:
+            raise ConfigError(f"{place}: with_any is for random peptides, but sequences are given")
     if not isinstance(subset, BoxesConfig | ClustersConfig) and not subset.sources:
         raise ConfigError(f"{place}: needs sources of molecules")
     if isinstance(subset, ClustersConfig) and not subset.sources and max(subset.molecules) > 0:
