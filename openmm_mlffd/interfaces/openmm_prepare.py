@@ -116,8 +116,9 @@ def prepare(
     First, atoms that clash are pushed apart with their bonds held, without the student
     (`untangle`). Then its forces are capped: no atom moves farther than `LARGEST_MOVE` in a step,
     until the largest force is below `CALM_FORCE`. Then, from places shaken by 0.02 Å, OpenMM's
-    minimiser, with each atom on a leash of `LEASH`, which must not end in what is like nothing known; then Langevin dynamics with
-    short steps and strong friction, from 50 K to the temperature; then with the advised step.
+    minimiser, with each atom on a leash of `LEASH`, which must not end in what is like nothing
+    known; then Langevin dynamics with short steps and strong friction, from 50 K to the
+    temperature; then with the advised step.
 
     Parameters
     ----------
