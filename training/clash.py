@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from ase.collections import g2
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -18,7 +19,7 @@ DISTANCES = (0.3, 0.72)
 """Range of the distances of pairs, in units of the sum of the covalent radii: no bond is that
 short."""
 
-N_DISTANCES = 64
+N_DISTANCES = 32
 """Distances of each pair of elements in that range."""
 
 N_CLUSTERS = 96
@@ -33,8 +34,23 @@ CLUSTER_BONDS = (0.55, 0.75)
 CLUSTER_GAP = 0.95
 """Other atoms of a cluster are at least this far apart, in the same units."""
 
+N_TREES = 24
+"""Trees like the clusters, of bonds as long as they should be, that are squeezed as molecules."""
+
+TREE_SIZES = (12, 26)
+"""Smallest and largest number of their atoms."""
+
+SQUEEZES = (0.05, 0.2, 0.35, 0.5, 0.65)
+"""Sizes of a squeezed molecule, in units of its own, are drawn once between each two of these."""
+
 PUSH = 3.0
 """The atoms should push one another apart with at least this force [eV/Å]."""
+
+
+class _Clash(NamedTuple):
+    species: NDArray[np.int64]
+    places: NDArray[np.float64]  # Å
+    ways: NDArray[np.float64]  # to where the atoms should go, Å
 
 
 class Clashes(NamedTuple):
@@ -44,15 +60,18 @@ class Clashes(NamedTuple):
     """The structures; labels are not known."""
 
     arms: Tensor
-    """Places from the middle over the sum of their lengths, shape ``(n_atoms, 3)``: multiplied
-    with the forces and added up they are the mean outward force of a structure."""
+    """Ways to where the atoms should go over the sum of their lengths, shape ``(n_atoms, 3)``:
+    multiplied with the forces and added up they are the mean outward force of a structure."""
 
 
 def make_clashes(potential: Potential, keep: Tensor | None = None) -> Clashes:
-    """Two atoms of each pair of elements at each distance, and clusters of short bonds.
+    """Two atoms of each pair of elements, clusters of short bonds, and squeezed molecules.
 
-    The clusters are trees of random elements, half of them hydrogens at their ends, like molecules
-    that were shrunk: every bond is too short, and no atom need have too many.
+    The clusters are trees of random elements, half of them hydrogens at their ends: every bond is
+    too short, and no atom need have too many. The molecules (the G2 set of Curtiss et al., 1997, as
+    far as the elements are known, and larger trees) are made smaller as a whole, down to a
+    twentieth, every second time with their hydrogens further out: the first trial of a minimiser
+    does that to symmetric ones.
 
     Parameters
     ----------
@@ -62,17 +81,32 @@ def make_clashes(potential: Potential, keep: Tensor | None = None) -> Clashes:
         Which of the structures to make, by a mask of all of them; None for all.
     """
     radii = np.array([COVALENT_RADII[z] for z in potential.numbers])
-    found = []
+    found: list[_Clash] = []
     for a, b in itertools.combinations_with_replacement(range(len(radii)), 2):
         for share in np.linspace(*DISTANCES, N_DISTANCES):
             places = np.array([[0.0, 0.0, 0.0], [share * (radii[a] + radii[b]), 0.0, 0.0]])
-            found.append((np.array([a, b]), places))
+            found.append(_Clash(np.array([a, b]), places, places - places.mean(0)))
     rng = np.random.default_rng(0)
     hydrogen = np.array(potential.numbers) == 1
-    found += [_cluster(radii, hydrogen, rng) for _ in range(N_CLUSTERS)]
+    sizes = [int(n) for n in rng.integers(CLUSTER_SIZES[0], CLUSTER_SIZES[1] + 1, N_CLUSTERS)]
+    for size in sizes:
+        species, places = _tree(radii, hydrogen, size, CLUSTER_BONDS, rng)
+        found.append(_Clash(species, places, places))
+    for n, (species, places) in enumerate(_molecules(potential.numbers)):
+        found += [
+            _squeezed(species, places, hydrogen, SQUEEZES[k : k + 2], rng)
+            for k in (n % 2, n % 2 + 2)
+        ]
+    for _ in range(N_TREES):
+        size = int(rng.integers(TREE_SIZES[0], TREE_SIZES[1] + 1))
+        species, places = _tree(radii, hydrogen, size, (0.95, 1.05), rng)
+        found += [
+            _squeezed(species, places, hydrogen, bounds, rng)
+            for bounds in itertools.pairwise(SQUEEZES)
+        ]
     if keep is not None:
         found = list(itertools.compress(found, keep.tolist()))
-    return _as_batch(potential, [s for s, _ in found], [x for _, x in found])
+    return _as_batch(potential, found)
 
 
 def lack_of_push(forces: Tensor, clashes: Clashes) -> Tensor:
@@ -93,11 +127,14 @@ def lack_of_push(forces: Tensor, clashes: Clashes) -> Tensor:
     return torch.log1p((PUSH - outward).clamp(min=0.0)).mean()
 
 
-def _cluster(
-    radii: NDArray[np.float64], hydrogen: NDArray[np.bool_], rng: np.random.Generator
+def _tree(
+    radii: NDArray[np.float64],
+    hydrogen: NDArray[np.bool_],
+    size: int,
+    lengths: tuple[float, float],
+    rng: np.random.Generator,
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Species and positions [Å] of a tree of short bonds, smaller where there is no more room."""
-    size = int(rng.integers(CLUSTER_SIZES[0], CLUSTER_SIZES[1] + 1))
+    """Species and positions around their middle [Å] of a tree; smaller without more room."""
     weights = np.where(hydrogen, max(1.0, len(radii) - 1.0), 1.0)
     species = rng.choice(len(radii), size, p=weights / weights.sum())
     species = species[np.argsort(hydrogen[species], kind="stable")]  # hydrogens are added last
@@ -110,23 +147,49 @@ def _cluster(
         near = int(rng.choice(heavy)) if len(heavy) else 0
         bonds = radii[species[n]] + radii[species[:n]]
         direction = rng.normal(size=3)
-        direction *= rng.uniform(*CLUSTER_BONDS) * bonds[near] / np.linalg.norm(direction)
+        direction *= rng.uniform(*lengths) * bonds[near] / np.linalg.norm(direction)
         gaps = np.linalg.norm(places - (places[near] + direction), axis=1) / bonds
         if (np.delete(gaps, near) > CLUSTER_GAP).all():
             places = np.vstack([places, places[near] + direction])
-    return species[: len(places)], places
+    return species[: len(places)], places - places.mean(0)
 
 
-def _as_batch(
-    potential: Potential, species: list[NDArray[np.int64]], places: list[NDArray[np.float64]]
-) -> Clashes:
+def _molecules(numbers: list[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
+    """Species and positions around their middle [Å] of molecules of at least three atoms."""
+    found = []
+    for name in g2.names:
+        molecule = g2[name]
+        if len(molecule) > 2 and set(molecule.numbers) <= set(numbers):
+            species = np.array([numbers.index(z) for z in molecule.numbers])
+            found.append((species, molecule.positions - molecule.positions.mean(0)))
+    return found
+
+
+def _squeezed(
+    species: NDArray[np.int64],
+    shape: NDArray[np.float64],
+    hydrogen: NDArray[np.bool_],
+    bounds: tuple[float, ...],
+    rng: np.random.Generator,
+) -> _Clash:
+    """Atoms around the middle [Å], nearer to it by a factor within the bounds."""
+    size = np.full(len(species), rng.uniform(*bounds))
+    if rng.random() < 0.5:
+        size[hydrogen[species]] = rng.uniform(size[0], 1.0)
+    places = size[:, None] * shape
+    return _Clash(species, places, shape - places)
+
+
+def _as_batch(potential: Potential, made: list[_Clash]) -> Clashes:
     device = next(potential.parameters()).device
-    n = len(species)
-    counts = torch.tensor([len(s) for s in species], device=device)
+    n = len(made)
+    counts = torch.tensor([len(clash.species) for clash in made], device=device)
+    places = np.concatenate([clash.places for clash in made])
+    species = np.concatenate([clash.species for clash in made])
     unlabelled = torch.full((n, 3, 3), torch.nan, dtype=torch.float64, device=device)
     graph = build_graph(
-        torch.from_numpy(np.concatenate(places)).to(device),
-        torch.from_numpy(np.concatenate(species)).to(device),
+        torch.from_numpy(places).to(device),
+        torch.from_numpy(species).to(device),
         cutoff=potential.cutoff,
         cell=torch.zeros((n, 3, 3), dtype=torch.float64, device=device),
         pbc=torch.zeros((n, 3), dtype=torch.bool, device=device),
@@ -144,7 +207,6 @@ def _as_batch(
         probe=torch.zeros_like(unknown),
         curvature=unknown,
     )
-    arms = [x - x.mean(0) for x in places]
-    arms = [x / np.linalg.norm(x, axis=1).sum() for x in arms]
-    made = training_batch(batch, potential)
-    return Clashes(made, torch.from_numpy(np.concatenate(arms)).to(made.vectors))
+    arms = [clash.ways / np.linalg.norm(clash.ways, axis=1).sum() for clash in made]
+    prepared = training_batch(batch, potential)
+    return Clashes(prepared, torch.from_numpy(np.concatenate(arms)).to(prepared.vectors))
