@@ -12,6 +12,8 @@ from openmm_mlffd.training.sweep import FORMAT, POINT
 
 try:
     import matplotlib
+    import matplotlib.axis
+    import matplotlib.ticker
     from matplotlib.figure import Figure
 except ImportError as error:
     raise ImportError(
@@ -150,10 +152,9 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
             axes.scatter(dot.x, dot.force_mae, s=size, color=color, zorder=2)
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.margins(0.15)
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.set_minor_formatter(matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:.3g}"))
-            axis.set_tick_params(which="both", labelsize=8, pad=3, length=3)
+            _label_ticks(axis)
         label = AXES[against] + (f", {atoms:,} atoms" if against in TIMES else "")
         axes.set_xlabel(label)
         axes.set_ylabel("force MAE [meV/Å]")
@@ -162,10 +163,22 @@ def draw(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
                 dot.name, (dot.x, dot.force_mae), textcoords="offset points", fontsize=7,
                 color="#333333", **_place(dot, before),
             )  # fmt: skip
-        axes.margins(0.15)
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()
+
+
+def _label_ticks(axis: matplotlib.axis.Axis) -> None:
+    """Numbers at 1, 2 and 5 of each decade; at all of 1 to 9 where there is hardly one decade."""
+    low, high = axis.get_view_interval()
+    plain = matplotlib.ticker.FuncFormatter(lambda v, _: f"{v:,.0f}" if v >= 1000 else f"{v:g}")
+    axis.set_major_formatter(plain)
+    if high > 8.0 * low:
+        axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+    else:
+        axis.set_minor_formatter(plain)
+    axis.set_tick_params(which="both", labelsize=8, pad=3, length=3)
 
 
 def _place(dot: Dot, before: Dot | None) -> dict[str, Any]:
@@ -181,10 +194,11 @@ def format_dots(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
     heads = ["student", AXES[against], "force MAE [meV/Å]", "energy MAE [meV/atom]", "weights",
              "steps", "minutes", "structures", ""]  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * 7 + "---|"]
+    place = "{:,.0f}" if against in ("structures", "steps") else "{:.4g}"
     for d in dots:
         c = d.content
         cells = [
-            d.name, f"{d.x:.4g}", f"{d.force_mae:.1f}", f"{d.energy_mae:.2f}", f"{d.weights:,}",
+            d.name, place.format(d.x), f"{d.force_mae:.1f}", f"{d.energy_mae:.2f}", f"{d.weights:,}",
             str(c["steps"]), "–" if c["minutes"] is None else f"{c['minutes']:g}",
             str(c["train_structures"]),
             "front" if d in front else "",

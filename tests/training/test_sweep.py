@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from openmm_mlffd import cli
 from openmm_mlffd.training import plots, sweep
@@ -101,10 +102,32 @@ def test_learning_curves_are_drawn_against_structures_and_time(folder):
     by_time = plots.dots_of(points, against="minutes", atoms=1000, split="test")
     assert by_time[-1].name == "middle"
     assert "untimed" not in {d.name for d in by_time}  # it was given steps
-    assert "| untimed | 1000 | 20.0 | 1.00 | 100,000 | 1000 | – | 5000 |" in plots.format_dots(
+    assert "| untimed | 1,000 | 20.0 | 1.00 | 100,000 | 1000 | – | 5000 |" in plots.format_dots(
         by_steps, against="steps", atoms=1000
     )
     assert "middle" in plots.format_dots(by_time, against="minutes", atoms=1000)
+
+
+def test_numbers_at_logarithmic_axes_have_room():
+    axes = Figure(figsize=(5.6, 4.0)).add_subplot()
+    axes.set(xscale="log", yscale="log", xlim=(600, 150_000), ylim=(40, 160))
+    for axis in (axes.xaxis, axes.yaxis):
+        plots._label_ticks(axis)
+    axes.figure.canvas.draw()
+    shown = [
+        [
+            t.get_text()
+            for t in axis.get_ticklabels(which="both")
+            if low <= t.get_position()[n] <= up
+        ]
+        for n, (axis, (low, up)) in enumerate(
+            [(axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())]
+        )
+    ]
+    assert [t for t in shown[0] if t] == [
+        "1,000", "2,000", "5,000", "10,000", "20,000", "50,000", "100,000"
+    ]  # fmt: skip
+    assert {"40", "50", "60", "70", "80", "90", "100"} <= set(shown[1])
 
 
 def test_nothing_to_draw_is_said(folder, tmp_path):
