@@ -198,8 +198,8 @@ def format_dots(dots: Sequence[Dot], *, against: str, atoms: int) -> str:
     for d in dots:
         c = d.content
         cells = [
-            d.name, place.format(d.x), f"{d.force_mae:.1f}", f"{d.energy_mae:.2f}", f"{d.weights:,}",
-            str(c["steps"]), "–" if c["minutes"] is None else f"{c['minutes']:g}",
+            d.name, place.format(d.x), f"{d.force_mae:.1f}", f"{d.energy_mae:.2f}",
+            f"{d.weights:,}", str(c["steps"]), "–" if c["minutes"] is None else f"{c['minutes']:g}",
             str(c["train_structures"]),
             "front" if d in front else "",
         ]  # fmt: skip
