@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 REPORT ?= validation_output
+NAME ?= default
 VALIDATE ?=
 INSTALLED := $(VENV)/.installed
 
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo       three simulations with the bundled student, and a report (5 minutes)"
 	@echo "make validate   is the bundled student fit for dynamics? The short form (minutes); VALIDATE=... adds options"
-	@echo "make report     puts the finished validation in the folder REPORT into docs/reports"
+	@echo "make report     puts the finished validation in the folder REPORT into docs/reports, under NAME (default)"
 	@echo "make test       the test suite"
 	@echo "make test-slow  the tests that take minutes"
 	@echo "make defects    injects nine defects and counts how many the tests catch"
@@ -35,8 +36,8 @@ validate: $(INSTALLED)
 
 report:
 	mkdir -p docs/reports
-	cp $(REPORT)/report.html docs/reports/default.html
-	cp $(REPORT)/model_card.md docs/reports/default.md
+	cp $(REPORT)/report.html docs/reports/$(NAME).html
+	cp $(REPORT)/model_card.md docs/reports/$(NAME).md
 
 # one thread a process: two of them share the cores
 test: $(INSTALLED)
