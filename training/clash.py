@@ -173,7 +173,7 @@ def _squeezed(
     rng: np.random.Generator,
 ) -> _Clash:
     """Atoms around the middle [Å], nearer to it by a factor within the bounds."""
-    size = np.full(len(species), rng.uniform(*bounds))
+    size = np.full(len(species), rng.uniform(bounds[0], bounds[1]))
     if rng.random() < 0.5:
         size[hydrogen[species]] = rng.uniform(size[0], 1.0)
     places = size[:, None] * shape
