@@ -73,7 +73,7 @@ GROUPS: dict[str, tuple[str, str, str]] = {
     "training": (
         "training training.*",
         "facts physics files adapter process training sources teachers",
-        "torch numpy h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib "
+        "torch numpy ase h5py omegaconf yaml tqdm optuna wandb jinja2 matplotlib "
         "distributed dask_jobqueue",
     ),
     "suite": (
@@ -122,7 +122,8 @@ ONLY_IN = {
     "openmmtorch": "interfaces.openmm_torch",
     "ase": (
         "interfaces.ase_calculator interfaces.openmm_correction validation.* training.sources "
-        "training.teacher_worker training.orb training.datasets.convert bench.teacher_timing"
+        "training.teacher_worker training.orb training.datasets.convert bench.teacher_timing "
+        "training.clash"
     ),
     "rdkit": "validation.* training.sources training.generation.* training.datasets.chemistry",
     "orb_models": "training.orb bench.teacher_timing",

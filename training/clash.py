@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from ase.collections import g2
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -156,6 +155,12 @@ def _tree(
 
 def _molecules(numbers: list[int]) -> list[tuple[NDArray[np.int64], NDArray[np.float64]]]:
     """Species and positions around their middle [Å] of molecules of at least three atoms."""
+    try:
+        from ase.collections import g2
+    except ImportError as error:
+        raise ImportError(
+            f"loss.clash takes molecules from ASE ({error}): pip install 'openmm-mlffd[training]'"
+        ) from error
     found = []
     for name in g2.names:
         molecule = g2[name]

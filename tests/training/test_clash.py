@@ -1,4 +1,5 @@
 import copy
+import sys
 
 import pytest
 import torch
@@ -211,3 +212,10 @@ def test_a_resumed_run_leaves_out_what_it_left_out_before(morse_config, tmp_path
     assert second.progress == first.progress
     assert torch.equal(second.training_step.clashes_kept, kept)
     assert len(second.training_step.loss_gradient.clashes.batch.energy) == int(kept.sum())
+
+
+def test_training_without_clashes_needs_no_ase(student, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ase.collections", None)
+    TrainingStep(student, copy.deepcopy(student), TrainConfig(data=None))
+    with pytest.raises(ImportError, match=r"loss\.clash .*openmm-mlffd\[training\]"):
+        make_clashes(student)
