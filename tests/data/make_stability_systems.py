@@ -150,8 +150,8 @@ def refuse_seen(data: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        refuse_seen(Path(sys.argv[1]))
+    for data in sys.argv[1:]:
+        refuse_seen(Path(data))
     assert tuple(molecules()) == UNSEEN
     write_excluded(EXCLUDED)
     for name, smiles in molecules().items():
