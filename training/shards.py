@@ -184,8 +184,17 @@ def writing(path: Path, kind: Kind) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path, kind: Kind) -> Iterator[None]:
+def locked(folder: Path, kind: Kind, *, wait: bool = False) -> Iterator[None]:
     """Keep a second run out of a folder; the lock ends with the process, however that ends.
+
+    Parameters
+    ----------
+    folder
+        Is made if it is not there.
+    kind
+        What is done there, for the error.
+    wait
+        Until the other process is through, rather than to raise.
 
     Raises
     ------
@@ -200,7 +209,7 @@ def locked(folder: Path, kind: Kind) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise FolderError(f"{folder}: another process is {kind.doing} here") from error
         yield

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,14 +189,19 @@ class Search:
 
     def run(self) -> bool:
         """Work until all trials are done; whether they are (else a signal ended it)."""
-        self._take_up()
+        # nobody may look for trials without a process while one of them is begun
+        with locked(self.folder, KIND, wait=True):
+            self._take_up()
         while self.done() < self.config.trials:
-            trial = self.study.ask()
-            self.study.sampler = self._sampler(trial.number)
-            values = {name: _suggest(trial, name, r) for name, r in self.ranges.items()}
-            folder = self.folder / trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
-            trial.set_user_attr("folder", folder.name)
-            with locked(folder, KIND):
+            with ExitStack() as stack:
+                with locked(self.folder, KIND, wait=True):
+                    trial = self.study.ask()
+                    self.study.sampler = self._sampler(trial.number)
+                    values = {name: _suggest(trial, name, r) for name, r in self.ranges.items()}
+                    name = trial.user_attrs.get("folder", f"trial-{trial.number:04d}")
+                    folder = self.folder / name
+                    trial.set_user_attr("folder", name)
+                    stack.enter_context(locked(folder, KIND))
                 if not self._train(trial, values, folder):
                     self.write_tables()
                     return False

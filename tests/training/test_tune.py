@@ -8,7 +8,8 @@ import yaml
 
 from openmm_mlffd import cli
 from openmm_mlffd.training.config import ConfigError, load_config
-from openmm_mlffd.training.tune import Search, load_search
+from openmm_mlffd.training.shards import FolderError, locked
+from openmm_mlffd.training.tune import KIND, Search, load_search
 
 
 @pytest.fixture
@@ -94,6 +95,28 @@ def test_killed_study_goes_on_with_the_trial_it_was_at(base, write_space, tmp_pa
     assert len(search.results()) == 4
     assert search.run()
     assert len(search.results()) == 4
+
+
+def test_no_process_takes_up_what_another_is_beginning(base, write_space, tmp_path, monkeypatch):
+    out, looks = tmp_path / "out", []
+
+    def checked(name):
+        original = getattr(Search, name)
+
+        def method(self, *arguments):
+            with pytest.raises(FolderError), locked(out, KIND):
+                pass
+            looks.append(name)
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Search, name, method)
+
+    checked("_take_up")
+    checked("_sampler")  # between the trial's number and the lock of its folder
+    search = Search(base, write_space(SPACE), out)
+    assert search.run()
+    assert looks.count("_take_up") == 1
+    assert looks.count("_sampler") == 4
 
 
 def test_processes_share_a_study(base, write_space, tmp_path):
